@@ -1,0 +1,1204 @@
+"""Denoising diffusion in one file: NumPy, CuPy where there is a GPU, every gradient by hand.
+
+Read it from top to bottom; each part needs only what stands above it. For the mathematics
+alone, stop before "Layers".
+
+    noise schedules     beta_1..beta_T, the noise added at each step
+    Diffusion           the forward process q, its posterior, conversions, the likelihood
+    samplers            DDPM, DDIM and guidance, for any callable model(x, t)
+    layers, U-Net       each forward function returns its value and its backward function
+    training            AdamW, EMA, checkpoints, the loop
+    python tinyddpm.py  checks every gradient against finite differences
+
+Notation, in the code, in the papers, and in words
+    t         t            the step, an integer 1..T; index 0 of every table is clean data
+    x0, xt    x_0, x_t     clean and noisy images (B, H, W, C), floats in [-1, 1] when clean
+    eps       epsilon      the noise in xt, standard normal, of the shape of x0
+    beta      beta_t       the variance of the noise that step t adds                  (T+1,)
+    alpha     alpha_t      1 - beta_t                                                  (T+1,)
+    abar      alpha-bar_t  alpha_1 ... alpha_t: the share of x0's variance left in xt  (T+1,)
+    snr       SNR(t)       abar_t / (1 - abar_t)                                       (T+1,)
+    v         v_t          sqrt(abar) eps - sqrt(1 - abar) x0
+    eta       eta          DDIM's noise: 0 is deterministic, 1 is DDPM
+    w         w            guidance weight: 0 unconditional, 1 conditional, more is stronger
+    dx                     the gradient of the loss by x, for any x
+    B, H, W, C, D, E       batch, height, width, channels in, channels out, embedding
+
+Papers, by the names used below
+    DDPM           Ho et al. 2020, arXiv 2006.11239
+    DDIM           Song et al. 2021, 2010.02502
+    iDDPM          Nichol & Dhariwal 2021, 2102.09672         cosine schedule
+    ADM            Dhariwal & Nichol 2021, 2105.05233         adaptive group norm
+    LDM            Rombach et al. 2022, 2112.10752            quadratic schedule
+    Diffusion-LM   Li et al. 2022, 2205.14217                 sqrt schedule
+    GeoDiff        Xu et al. 2022, 2203.02923                 sigmoid schedule
+    v-prediction   Salimans & Ho 2022, 2202.00512
+    EDM            Karras et al. 2022, 2206.00364             Karras schedule
+    CFG            Ho & Salimans 2022, 2207.12598             classifier-free guidance
+    Imagen         Saharia et al. 2022, 2205.11487            dynamic thresholding
+    Min-SNR        Hang et al. 2023, 2303.09556               loss weights
+    ZeroSNR        Lin et al. 2024, 2305.08891                zero terminal SNR, trailing steps
+"""
+import copy
+import json
+import math
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+
+# ---------------------------------------------------------------------------------- backend
+
+def one_of(name, value, allowed):
+    """A ValueError unless value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it may be " + ", ".join(map(repr, allowed)))
+
+
+def choose_backend(choice=""):
+    """The array module to compute with: cupy where a product on the GPU works, else numpy.
+
+    choice: "numpy" or "cupy" decides by hand; "" tries cupy first. Asking for cupy where it
+    does not work is a RuntimeError that says why.
+    """
+    one_of("TINYDDPM_BACKEND", choice, ("", "numpy", "cupy"))
+    if choice == "numpy":
+        return np
+    try:
+        import cupy
+        one = cupy.ones((2, 2), "float32")
+        if float((one @ one).sum()) == 8:       # an import alone succeeds without a GPU too
+            return cupy
+        why = "a 2x2 matrix product came out wrong"
+    except Exception as error:  # a driver without libraries fails in its own many ways
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    if choice == "cupy":
+        raise RuntimeError(f"TINYDDPM_BACKEND is 'cupy', but CuPy does not work here ({why})")
+    return np
+
+
+xp = choose_backend(os.environ.get("TINYDDPM_BACKEND", ""))
+
+
+def asnumpy(a):
+    """The array on the host, as NumPy, wherever it is."""
+    return a.get() if hasattr(a, "get") else np.asarray(a)
+
+
+def normal(rng, shape, dtype=np.float32):
+    """Standard normal noise on the device. rng: a NumPy or CuPy Generator."""
+    return xp.asarray(rng.standard_normal(shape, dtype=dtype))
+
+
+# -------------------------------------------------------------------------- noise schedules
+# Each returns float64 (T,), its entry i being beta_{i+1}, on the host.
+
+def linear_betas(T, start=1e-4, end=0.02):
+    """Equal steps of beta (DDPM section 4). Made for T = 1000; see scaled_linear_betas."""
+    return checked_betas(np.linspace(start, end, steps_allowed(T)))
+
+
+def scaled_linear_betas(T, start=1e-4, end=0.02):
+    """linear_betas with both ends times 1000/T, so that x_T is noise for a short T too (iDDPM's
+    code). Below T = 20 beta would pass 1: a ValueError. Latent diffusion's and diffusers'
+    "scaled_linear" is something else: quadratic_betas."""
+    scale = 1000 / steps_allowed(T)
+    return checked_betas(np.linspace(scale * start, scale * end, T))
+
+
+def quadratic_betas(T, start=1e-4, end=0.02):
+    """Equal steps of sqrt(beta) (DDIM's code; LDM's "linear", diffusers' "scaled_linear")."""
+    return checked_betas(np.linspace(start ** 0.5, end ** 0.5, steps_allowed(T)) ** 2)
+
+
+def cosine_betas(T, s=0.008, max_beta=0.999):
+    """abar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (iDDPM eq. 17).
+
+    beta is capped at max_beta: uncapped, beta_T = 1 and x_T would know nothing of x0.
+    """
+    u = np.arange(steps_allowed(T) + 1) / T
+    f = np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
+    return betas_from_abar(f / f[0], max_beta)
+
+
+def sigmoid_betas(T, start=1e-4, end=0.02):
+    """beta, not abar, follows a sigmoid from -6 to 6 (GeoDiff's code)."""
+    rise = 1 / (1 + np.exp(-np.linspace(-6, 6, steps_allowed(T))))
+    return checked_betas(start + (end - start) * rise)
+
+
+def sqrt_betas(T, s=1e-4, max_beta=0.999):
+    """abar_t = 1 - sqrt(t/T + s) (Diffusion-LM, appendix A): noise of deviation s^(1/4) at once,
+    then slowly more. abar_T would be below 0; max_beta caps the last beta."""
+    abar = 1 - np.sqrt(np.arange(steps_allowed(T) + 1) / T + s)
+    abar[0] = 1
+    return betas_from_abar(abar, max_beta)
+
+
+def karras_betas(T, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """abar_t = 1 / (1 + sigma_t^2), sigma^(1/rho) rising in equal steps (EDM eq. 5).
+
+    EDM made it a sampling grid, from sigma_max down; as a forward process it has to ascend.
+    """
+    root = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps_allowed(T))
+    sigma = root[::-1] ** rho
+    return betas_from_abar(np.concatenate([[1], 1 / (1 + sigma ** 2)]))
+
+
+SCHEDULES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas,
+             "quadratic": quadratic_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas,
+             "sqrt": sqrt_betas, "karras": karras_betas}
+
+
+def zero_terminal_snr(betas):
+    """The schedule with sqrt(abar) shifted to end at exactly 0 and stretched to start where it
+    did (ZeroSNR Algorithm 1). For v or x0 prediction: x_T holds no x0 to tell eps from."""
+    root = np.sqrt(np.cumprod(1 - checked_betas(betas)))
+    if len(root) < 2:
+        raise ValueError("zero_terminal_snr wants at least 2 steps, was given 1")
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return betas_from_abar(np.concatenate([[1], root ** 2]))
+
+
+def betas_from_abar(abar, max_beta=1.0):
+    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1."""
+    return checked_betas(np.minimum(1 - abar[1:] / abar[:-1], max_beta))
+
+
+def checked_betas(betas):
+    """The betas as float64 (T,); a ValueError where one is outside (0, 1]."""
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not len(betas):
+        raise ValueError(f"betas have shape {betas.shape}; wanted is (T,) with T >= 1")
+    wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
+    if len(wrong):
+        raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
+                         "every beta lies above 0 and at most at 1")
+    return betas
+
+
+def steps_allowed(T):
+    """T, if it is an integer of at least 1; else a ValueError."""
+    if not isinstance(T, (int, np.integer)) or T < 1:
+        raise ValueError(f"T is {T!r}; it has to be an integer of at least 1")
+    return T
+
+
+# ---------------------------------------------------------------------- the forward process
+
+KINDS = ("eps", "x0", "v")      # what a model may predict; any one gives the other two
+
+
+class Diffusion:
+    """The process that turns an image into noise, and all that is known of it exactly.
+
+    betas: (T,), see the schedules. Tables .beta .alpha .abar .snr are host float64 of length
+    T+1; index 0 is clean data: beta 0, abar 1, snr infinite.
+
+    In every method t is an integer of 1..T, or (B,) of them, one an image; x0, xt, eps and a
+    model's output are float arrays of one shape (B, ...). Anything else is a ValueError.
+    """
+
+    def __init__(self, betas):
+        self.beta = np.concatenate([[0.0], checked_betas(betas)])
+        self.alpha = 1 - self.beta
+        self.abar = np.cumprod(self.alpha)
+        self.T = len(self.beta) - 1
+        with np.errstate(divide="ignore"):
+            self.snr = self.abar / (1 - self.abar)
+
+    def q_sample(self, x0, t, eps):
+        """x_t in one go: sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM eq. 4)."""
+        signal, noise = self._signal_noise(t, x0, eps)
+        return signal * x0 + noise * eps
+
+    def q_step(self, x_prev, t, eps):
+        """x_t from x_{t-1}: sqrt(1 - beta_t) x_prev + sqrt(beta_t) eps (DDPM eq. 2)."""
+        t = self._checked(t, x_prev, eps)
+        return factor(self.alpha[t] ** 0.5, x_prev) * x_prev + factor(self.beta[t] ** 0.5, eps) * eps
+
+    def q_posterior(self, x0, xt, t, s=None):
+        """Mean and variance of q(x_s | x_t, x0), s = t-1 unless given (DDPM eqs. 6, 7).
+
+        For a longer jump, s < t-1, the steps between act as one of alpha = abar_t / abar_s. The
+        variance is a float where t is an integer, else (B, 1, ...), and 0 at s = 0.
+        """
+        t = self._checked(t, x0, xt)
+        s = t - 1 if s is None else s
+        if not np.all((0 <= s) & (s < t)):
+            raise ValueError(f"s is {s} and t is {t}; the step to go back to lies in 0..t-1")
+        alpha = self.abar[t] / self.abar[s]
+        rest_t, rest_s = 1 - self.abar[t], 1 - self.abar[s]
+        of_x0 = self.abar[s] ** 0.5 * (1 - alpha) / rest_t
+        of_xt = alpha ** 0.5 * rest_s / rest_t
+        return factor(of_x0, x0) * x0 + factor(of_xt, xt) * xt, factor((1 - alpha) * rest_s / rest_t, x0)
+
+    # eps, x0 and v are three names for one thing: with xt, any one of them gives the others.
+
+    def to_x0(self, xt, t, out, kind):
+        """x0 from a model's output, which is "eps", "x0" or "v" according to kind."""
+        signal, noise = self._signal_noise(t, xt, out, kind=kind)
+        if kind == "x0":
+            return out
+        if kind == "v":
+            return signal * xt - noise * out
+        if not np.all(self.abar[asnumpy(t)]):
+            raise ValueError("kind is 'eps' at a step of zero SNR, where xt is eps whatever x0 was; "
+                             "a model for this schedule has to predict 'v' or 'x0'")
+        return (xt - noise * out) / signal
+
+    def to_eps(self, xt, t, out, kind):
+        """eps from a model's output, which is "eps", "x0" or "v" according to kind."""
+        signal, noise = self._signal_noise(t, xt, out, kind=kind)
+        if kind == "eps":
+            return out
+        return noise * xt + signal * out if kind == "v" else (xt - signal * out) / noise
+
+    def target(self, x0, eps, t, kind):
+        """What a model of that kind should answer: eps, x0 or v (v-prediction, section 4)."""
+        signal, noise = self._signal_noise(t, x0, eps, kind=kind)
+        return {"eps": eps, "x0": x0}[kind] if kind != "v" else signal * eps - noise * x0
+
+    def score(self, xt, t, eps):
+        """The gradient of log q(x_t) that this eps means: -eps / sqrt(1 - abar_t)."""
+        return -eps / self._signal_noise(t, xt, eps)[1]
+
+    def loss_weight(self, t, kind, how, gamma=5.0):
+        """Factor for the squared error of a prediction of that kind at t; float64, t's shape.
+
+        "simple" is 1 for every kind; "snr" makes all kinds the loss |eps - eps_hat|^2 of DDPM
+        eq. 14; "min_snr" is the same with the SNR held to gamma (Min-SNR section 3.4). For one
+        x_t, |eps error|^2 is snr times |x0 error|^2, and |v error|^2 is snr + 1 times.
+        """
+        snr = self.snr[self._checked(t, kind=kind)]
+        one_of("how", how, ("simple", "snr", "min_snr"))
+        if how == "simple":
+            return np.ones_like(snr)
+        top = gamma if how == "min_snr" else np.inf
+        with np.errstate(divide="ignore"):          # at zero SNR the weight of eps is 1
+            return {"eps": np.minimum(1, top / snr), "x0": np.minimum(snr, top),
+                    "v": np.minimum(snr, top) / (snr + 1)}[kind]
+
+    def bits_per_dim(self, model, x0, rng, kind="eps"):
+        """The variational bound on -log2 p(x0) per pixel and channel (DDPM eqs. 5 and 13).
+
+        x0: (B, ...), bytes scaled to [-1, 1]. Every step asks the model once, at one draw of
+        x_t; the reverse variance is the posterior's. A dict of means over the batch:
+            "prior"    KL(q(x_T|x0) || N(0, 1)), the same for every model
+            "steps"    KL(q(x_{t-1}|x_t,x0) || p(x_{t-1}|x_t)) for t = 2..T, float64 (T-1,)
+            "decoder"  -log2 p(x0|x_1), the Gaussian integrated over x0's bin
+            "total"    their sum
+        """
+        bits = 1 / math.log(2)
+        abar = self.abar[-1]
+        prior = 0.5 * bits * float((abar * x0 ** 2 - abar - math.log1p(-abar)).mean())
+        kl = np.zeros(self.T + 1)
+        for t in range(self.T, 0, -1):
+            xt = self.q_sample(x0, t, normal(rng, x0.shape, x0.dtype))
+            out = model(xt, xp.full(len(xt), t))
+            guess = clamp(self.to_x0(xt, t, out, kind), (-1, 1))
+            if t > 1:
+                mean, var = self.q_posterior(x0, xt, t)
+                error = self.q_posterior(guess, xt, t)[0] - mean
+                kl[t] = bits * float((error ** 2).mean()) / (2 * var)
+        # The posterior at t = 1 has variance 0; the decoder takes that of t = 2 (DDPM's code).
+        var = self.beta[1] if self.T == 1 else self.q_posterior(x0, x0, 2)[1]
+        decoder = -bits * float(np.log(bin_probability(x0, guess, var ** 0.5)).mean())
+        return {"prior": prior, "steps": kl[2:], "decoder": decoder,
+                "total": prior + kl.sum() + decoder}
+
+    def _signal_noise(self, t, *arrays, kind="eps"):
+        """sqrt(abar_t) and sqrt(1 - abar_t), ready to multiply the arrays."""
+        abar = self.abar[self._checked(t, *arrays, kind=kind)]
+        return factor(abar ** 0.5, arrays[0]), factor((1 - abar) ** 0.5, arrays[0])
+
+    def _checked(self, t, *arrays, kind="eps"):
+        """t as an integer or a host array, once it, the arrays and kind are found to fit."""
+        one_of("kind", kind, KINDS)
+        for a in arrays:
+            if a.shape != arrays[0].shape or a.dtype.kind != "f":
+                raise ValueError("the arrays are " + " and ".join(f"{b.dtype} {b.shape}" for b in arrays)
+                                 + "; they have to be floats of one shape (B, ...)")
+        t = asnumpy(t)
+        if t.dtype.kind not in "iu" or t.ndim > 1 or not np.all((1 <= t) & (t <= self.T)):
+            raise ValueError(f"t is {t}; it has to be an integer, or (B,) integers, of 1..{self.T}")
+        if t.ndim and arrays and t.shape != arrays[0].shape[:1]:
+            raise ValueError(f"t has shape {t.shape} for arrays of shape {arrays[0].shape}; it has to "
+                             f"be one integer or one for each of the {len(arrays[0])} images")
+        return t if t.ndim else int(t)
+
+
+def factor(value, x):
+    """A coefficient ready to multiply x: one as a Python float (a NumPy float64 would promote
+    float32), (B,) of them as (B, 1, ...) in x's type and on its device."""
+    if np.ndim(value) == 0:
+        return float(value)
+    return xp.asarray(value, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def bin_probability(x, mean, std):
+    """Probability that N(mean, std) gives each byte x, scaled to [-1, 1] (DDPM eq. 13). The bins
+    of -1 and 1 take the whole tail. At least 1e-300, so that its logarithm is finite."""
+    x, mean = asnumpy(x).astype(np.float64), asnumpy(mean).astype(np.float64)
+    low = np.where(x < -0.999, -np.inf, (x - 1 / 255 - mean) / std)
+    high = np.where(x > 0.999, np.inf, (x + 1 / 255 - mean) / std)
+    # Both ends to the left, where the tail keeps its digits: 1 - 1e-20 is 1, 1e-20 is not 0.
+    flip = low + high > 0
+    low, high = np.where(flip, -high, low), np.where(flip, -low, high)
+    erfc = np.frompyfunc(math.erfc, 1, 1)       # neither NumPy nor its ufuncs have it
+    p = 0.5 * (erfc(-high / 2 ** 0.5) - erfc(-low / 2 ** 0.5)).astype(np.float64)
+    return np.maximum(p, 1e-300)
+
+
+# --------------------------------------------------------------------- samplers and guidance
+# A model is any callable model(x, t) -> prediction, with x (B, ...) and t (B,) integers. A
+# sampler is a generator: it yields (t, x_t) after every step, so that a progress bar, a film, an
+# early stop or inpainting is a `for` loop of the caller's.
+
+def timesteps(T, steps, spacing="trailing"):
+    """`steps` of the T steps, descending, integers (steps,) (ZeroSNR Table 2).
+
+    "trailing" starts at T, where training put pure noise; "linspace" has both ends, T and 1;
+    "leading", the usual one, never visits the last T/steps and is here for comparison.
+    """
+    if not 1 <= steps <= steps_allowed(T):
+        raise ValueError(f"steps is {steps}; of T = {T} steps it has to be 1..{T}")
+    one_of("spacing", spacing, ("trailing", "leading", "linspace"))
+    i = np.arange(steps)
+    if spacing == "trailing":
+        chosen = np.round(T - i * T / steps)
+    elif spacing == "leading":
+        chosen = (i * (T // steps) + 1)[::-1]
+    else:
+        chosen = np.round(np.linspace(T, 1, steps))
+    return chosen.astype(int)
+
+
+def ddpm(model, diffusion, x, rng, steps=None, spacing="trailing", variance="small", kind="eps",
+         clip=(-1, 1)):
+    """Ancestral sampling (DDPM Algorithm 2): x_s ~ N(posterior mean of x_s given x_t and the
+    model's x0, variance).
+
+    x: the start (B, ...), normally standard normal. steps: None for all of T..1, how many to
+    take, or the descending steps themselves, from the one that x is at. variance: "small" is
+    the posterior's, right for data of one point; "large" is 1 - abar_t/abar_s (beta_t), right
+    for standard normal data. kind: what the model predicts. clip: bounds for x0, None, or a
+    function of x0 such as dynamic_threshold.
+    """
+    one_of("variance", variance, ("small", "large"))
+
+    def step(x, x0, t, s):
+        mean, var = diffusion.q_posterior(x0, x, t, s)
+        if variance == "large":
+            var = 1 - float(diffusion.abar[t] / diffusion.abar[s])
+        return mean + var ** 0.5 * normal(rng, x.shape, x.dtype) if s else mean
+
+    return walk(model, diffusion, x, steps, spacing, kind, clip, step)
+
+
+def ddim(model, diffusion, x, rng=None, steps=50, eta=0.0, spacing="trailing", kind="eps",
+         clip=(-1, 1)):
+    """Implicit sampling (DDIM eqs. 12, 16): to the x_s that x0 and eps point at, with eta times
+    DDPM's noise. At eta = 0 it is deterministic and needs no rng. Other arguments: see ddpm."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it has to be from 0 (no noise) to 1 (DDPM)")
+    if eta and rng is None:
+        raise ValueError(f"eta is {eta} and rng is None; noise needs a Generator")
+
+    def step(x, x0, t, s):
+        abar, abar_s = float(diffusion.abar[t]), float(diffusion.abar[s])
+        sigma = eta * math.sqrt((1 - abar_s) / (1 - abar) * (1 - abar / abar_s))
+        eps = diffusion.to_eps(x, t, x0, "x0")      # of the clipped x0, so that the two agree
+        x = abar_s ** 0.5 * x0 + (1 - abar_s - sigma ** 2) ** 0.5 * eps
+        return x + sigma * normal(rng, x.shape, x.dtype) if sigma else x
+
+    return walk(model, diffusion, x, steps, spacing, kind, clip, step)
+
+
+def walk(model, diffusion, x, steps, spacing, kind, clip, step):
+    """What the samplers share: check, then go down the steps, predict x0 at each, move on."""
+    one_of("kind", kind, KINDS)
+    if steps is None or isinstance(steps, (int, np.integer)):
+        steps = timesteps(diffusion.T, diffusion.T if steps is None else steps, spacing)
+    route = [int(t) for t in steps] + [0]
+    if route[0] > diffusion.T or len(route) < 2 or any(s >= t for t, s in zip(route, route[1:])):
+        raise ValueError(f"steps are {route[:-1]}; they have to descend within {diffusion.T}..1")
+
+    def run(x):
+        for t, s in zip(route, route[1:]):
+            out = model(x, xp.full(len(x), t))
+            x = step(x, clamp(diffusion.to_x0(x, t, out, kind), clip), t, s)
+            yield s, x
+    return run(x)
+
+
+def sample(sampler):
+    """Run a sampler to its end; x_0."""
+    for _, x in sampler:
+        pass
+    return x
+
+
+def clamp(x0, clip):
+    """x0 held to clip = (low, high), put through clip(x0), or left alone where clip is None."""
+    if clip is None:
+        return x0
+    return clip(x0) if callable(clip) else xp.clip(x0, *clip)
+
+
+def dynamic_threshold(x0, share=0.995):
+    """Instead of clipping: where an image's values pass 1, clip at the quantile `share` of their
+    sizes and divide by it (Imagen section 2.3). Keeps strong guidance from saturating."""
+    size = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1).astype(x0.dtype)
+    size = xp.maximum(size, 1).reshape(-1, *[1] * (x0.ndim - 1))
+    return xp.clip(x0, -size, size) / size
+
+
+def guided(model, labels, null, w, rescale=0.0):
+    """model(x, t, y) -> a model(x, t): unconditional + w (conditional - unconditional).
+
+    w = 1 is plain conditional and w = 0 unconditional; the weight in CFG eq. 6 is w - 1. labels:
+    (B,) integers; null: the label that stands for none. Both predictions come from one call on a
+    doubled batch. rescale: how far to bring each image's standard deviation back to that of the
+    conditional prediction, 0 to 1 (ZeroSNR section 3.4; they use 0.7).
+    """
+    labels = xp.asarray(labels)
+    nulls = xp.full_like(labels, null)
+    if w in (0, 1):     # one of the two is not needed
+        return lambda x, t: model(x, t, labels if w else nulls)
+    both = xp.concatenate([labels, nulls])
+
+    def guided_model(x, t):
+        out = model(xp.concatenate([x, x]), xp.concatenate([t, t]), both)
+        cond, uncond = out[:len(x)], out[len(x):]
+        out = uncond + w * (cond - uncond)
+        if rescale:
+            axes = tuple(range(1, x.ndim))
+            ratio = cond.std(axes, keepdims=True) / out.std(axes, keepdims=True)
+            out = out * (rescale * ratio + 1 - rescale)
+        return out
+    return guided_model
+
+
+# --------------------------------------------------------------------------------- layers
+# A layer is a function that returns its value and, nested in it, `back`, which takes the
+# gradient of the loss by that value to the gradient by the input. p holds the layer's parameters
+# and g, of the same names, their gradients, to which `back` adds. Read a `back` as its forward
+# from the last line to the first: a product turns into one with the transpose, a broadcast into
+# a sum, a fork into an addition.
+
+def silu(x):
+    """x sigmoid(x), also called swish."""
+    s = 0.5 * xp.tanh(0.5 * x) + 0.5        # the sigmoid, without the overflow of exp(-x)
+    y = x * s
+
+    def back(dy):
+        return dy * (s + y * (1 - s))       # d/dx x s(x) = s + x s (1 - s)
+    return y, back
+
+
+def linear(p, x):
+    """x @ w + b on the last axis: (..., C) -> (..., D)."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = (rows @ p.w + p.b).reshape(*x.shape[:-1], -1)
+
+    def back(dy, g):
+        dy = dy.reshape(len(rows), -1)
+        g.w += rows.T @ dy
+        g.b += dy.sum(0)
+        return (dy @ p.w.T).reshape(x.shape)
+    return y, back
+
+
+def windows(x):
+    """The 3x3 window around every pixel, zero beyond the edge: (B, H, W, C) -> (B H W, 9 C)."""
+    B, H, W, C = x.shape
+    padded = xp.zeros((B, H + 2, W + 2, C), x.dtype)
+    padded[:, 1:-1, 1:-1] = x
+    b, h, w, c = padded.strides
+    # Three neighbours in a row are 3 C numbers in a row, so a window is three runs of memory.
+    runs = xp.lib.stride_tricks.as_strided(padded, (B, H, W, 3, 3 * C), (b, h, w, h, c))
+    return runs.reshape(B * H * W, 9 * C)
+
+
+def conv3x3(p, x):
+    """3x3 convolution (correlation, as everywhere in the field): (B, H, W, C) -> (B, H, W, D)."""
+    C, D = p.w.shape[2:]
+    y = windows(x) @ p.w.reshape(9 * C, D)
+    y += p.b
+    y = y.reshape(*x.shape[:3], D)
+
+    def back(dy, g):
+        # x_n met the weight w_k on its way to y_{n-k}. So dx_n is the sum of dy_{n-k} w_k^T, a
+        # convolution of dy by the kernel turned by half a turn, and dw_k that of x_n dy_{n-k}^T:
+        # both read the same windows of dy.
+        around = windows(dy)
+        dw = (x.reshape(-1, C).T @ around).reshape(C, 3, 3, D)
+        g.w += dw.transpose(1, 2, 0, 3)[::-1, ::-1]
+        g.b += dy.sum((0, 1, 2))
+        turned = p.w[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * D, C)
+        return (around @ turned).reshape(x.shape)
+    return y, back
+
+
+def group_norm(x, scale, shift, groups=8, eps=1e-5):
+    """x to mean 0 and variance 1 in each group of channels of each image, times 1 + scale, plus
+    shift. x (B, H, W, C); scale and shift (B, C) or (C,). back gives dx, dscale and dshift, the
+    last two as (B, C). Where groups does not divide C, their greatest common divisor counts."""
+    B, H, W, C = x.shape
+    groups = math.gcd(groups, C)
+    ones = xp.ones((1, H * W), x.dtype)
+    x = x.reshape(B, H * W, C)
+
+    def group_mean(total):
+        """Sums over the pixels (B, 1, C) -> each group's mean, at each of its channels."""
+        mean = total.reshape(B, groups, -1).mean(2) / (H * W)
+        return xp.repeat(mean, C // groups, 1).reshape(B, 1, C)
+
+    centred = x - group_mean(ones @ x)      # ones @ x: a product sums faster than .sum(1)
+    r = 1 / xp.sqrt(group_mean(ones @ (centred * centred)) + eps)
+    normed = centred * r
+    gain = 1 + scale.reshape(-1, 1, C)
+    y = normed * gain + shift.reshape(-1, 1, C)
+
+    def back(dy):
+        dy = dy.reshape(B, H * W, C)
+        dshift, dscale = ones @ dy, ones @ (dy * normed)
+        # r and the mean depend on every x of the group. Of dnormed = gain dy that leaves what is
+        # neither constant over the group nor along normed, for those parts cannot change y.
+        dx = r * (gain * dy - group_mean(gain * dshift) - normed * group_mean(gain * dscale))
+        return dx.reshape(B, H, W, C), dscale[:, 0], dshift[:, 0]
+    return y.reshape(B, H, W, C), back
+
+
+def norm(p, x):
+    """Group norm with a learned scale and shift for each channel."""
+    y, norm_back = group_norm(x, p.scale, p.shift)
+
+    def back(dy, g):
+        dx, dscale, dshift = norm_back(dy)
+        g.scale += dscale.sum(0)            # one scale served the whole batch
+        g.shift += dshift.sum(0)
+        return dx
+    return y, back
+
+
+def dropout(x, rate, rng):
+    """Zero a share `rate` of x at random and scale up the rest; without an rng, leave x alone."""
+    if rng is None or not rate:
+        return x, lambda dy: dy
+    keep = xp.asarray(rng.random(x.shape, dtype=np.float32) >= rate) / x.dtype.type(1 - rate)
+    return x * keep, lambda dy: dy * keep
+
+
+def fold(x):
+    """2x2 pixels into channels: (B, 2H, 2W, C) -> (B, H, W, 4C)."""
+    B, H, W, C = x.shape
+    y = x.reshape(B, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(B, H // 2, W // 2, 4 * C)
+
+
+def unfold(y):
+    """Channels back into 2x2 pixels: the inverse of fold, and so its adjoint, as it only moves
+    numbers."""
+    B, H, W, C = y.shape
+    x = y.reshape(B, H, W, 2, 2, C // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, 2 * H, 2 * W, C // 4)
+
+
+def down(x):
+    """The mean of every 2x2 pixels: (B, 2H, 2W, C) -> (B, H, W, C)."""
+    y = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    return y, lambda dy: spread(dy) / 4
+
+
+def up(x):
+    """Every pixel becomes 2x2 of the same value: (B, H, W, C) -> (B, 2H, 2W, C)."""
+    return spread(x), lambda dy: 4 * down(dy)[0]
+
+
+def spread(x):
+    B, H, W, C = x.shape
+    y = xp.empty((B, H, 2, W, 2, C), x.dtype)
+    y[:] = x[:, :, None, :, None]
+    return y.reshape(B, 2 * H, 2 * W, C)
+
+
+def attention(p, x, heads):
+    """x + multi-head self-attention over its pixels (DDPM section 4; "Attention is all you
+    need", eq. 1): every pixel takes a mean of values v, weighted by how its query q meets the
+    keys k."""
+    B, H, W, C = x.shape
+    h, norm_back = norm(p.norm, x)
+    h, qkv_back = linear(p.qkv, h)
+    # (B, H, W, 3 C) -> three of (B, heads, H W, C / heads)
+    q, k, v = h.reshape(B, H * W, 3, heads, C // heads).transpose(2, 0, 3, 1, 4)
+    c = (C // heads) ** -0.5                # keeps q . k of unit variance
+    logits = c * (q @ k.swapaxes(2, 3))
+    a = xp.exp(logits - logits.max(3, keepdims=True))
+    a = a / a.sum(3, keepdims=True)         # softmax; the maximum cancels
+    h, out_back = linear(p.out, (a @ v).transpose(0, 2, 1, 3).reshape(B, H, W, C))
+
+    def back(dy, g):
+        dh = out_back(dy, g.out).reshape(B, H * W, heads, C // heads).transpose(0, 2, 1, 3)
+        da, dv = dh @ v.swapaxes(2, 3), a.swapaxes(2, 3) @ dh
+        dlogits = a * (da - (da * a).sum(3, keepdims=True))     # softmax: da_i/dlogit_j = a_i (i==j) - a_i a_j
+        dq, dk = c * (dlogits @ k), c * (dlogits.swapaxes(2, 3) @ q)
+        dqkv = xp.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, H, W, 3 * C)
+        return dy + norm_back(qkv_back(dqkv, g.qkv), g.norm)    # x went two ways
+    return x + h, back
+
+
+def sinusoids(t, E):
+    """Position t as E/2 sines, then E/2 cosines, of wavelengths 2 pi to 20,000 pi: (B,) -> (B, E).
+    The last frequency is exactly 1/10,000, as in DDPM's code; others divide by E/2, not E/2 - 1."""
+    frequency = xp.exp(xp.arange(E // 2) * (-math.log(10000) / (E // 2 - 1)))
+    angle = t[:, None] * frequency
+    return xp.concatenate([xp.sin(angle), xp.cos(angle)], 1)
+
+
+# ----------------------------------------------------------------------------------- U-Net
+
+def embed(p, t, y):
+    """What every block is told: the step t (B,), and the label y (B,) or None. -> (B, E)"""
+    h, linear1_back = linear(p.time1, sinusoids(t, len(p.time1.w)).astype(p.time1.w.dtype))
+    h, silu1_back = silu(h)
+    h, linear2_back = linear(p.time2, h)
+    if y is not None:
+        onehot = (y[:, None] == xp.arange(len(p.label))).astype(h.dtype)
+        h = h + onehot @ p.label            # row y of the table
+    emb, silu2_back = silu(h)
+
+    def back(demb, g):
+        dh = silu2_back(demb)
+        if y is not None:
+            g.label += onehot.T @ dh
+        linear1_back(silu1_back(linear2_back(dh, g.time2)), g.time1)
+    return emb, back
+
+
+def res_block(p, x, emb, rate, rng):
+    """Two convolutions around which x also passes straight: (B, H, W, C) -> (B, H, W, D).
+
+    Before the second one the embedding scales and shifts the channels (ADM's adaptive group
+    norm). back(dy, g, demb) adds to demb, as to g: the embedding feeds every block."""
+    h, norm1_back = norm(p.norm1, x)
+    h, silu1_back = silu(h)
+    h, conv1_back = conv3x3(p.conv1, h)
+    film, film_back = linear(p.film, emb)
+    D = h.shape[3]
+    h, norm2_back = group_norm(h, film[:, :D], film[:, D:])
+    h, silu2_back = silu(h)
+    h, drop_back = dropout(h, rate, rng)
+    h, conv2_back = conv3x3(p.conv2, h)
+    skip, skip_back = linear(p.skip, x) if hasattr(p, "skip") else (x, lambda dy, g: dy)
+
+    def back(dy, g, demb):
+        dh = drop_back(conv2_back(dy, g.conv2))
+        dh, dscale, dshift = norm2_back(silu2_back(dh))
+        demb += film_back(xp.concatenate([dscale, dshift], 1), g.film)
+        dh = norm1_back(silu1_back(conv1_back(dh, g.conv1)), g.norm1)
+        return dh + skip_back(dy, getattr(g, "skip", None))
+    return h + skip, back
+
+
+def blocks(ps, x, emb, net, rng):
+    """Residual blocks one after the other, each followed by attention where it has some."""
+    backs = []
+    for p in ps:
+        x, res_back = res_block(p, x, emb, net.dropout, rng)
+        x, att_back = attention(p.attention, x, net.heads) if hasattr(p, "attention") else (x, None)
+        backs.append((res_back, att_back))
+
+    def back(dy, gs, demb):
+        for (res_back, att_back), g in zip(reversed(backs), reversed(gs)):
+            dy = att_back(dy, g.attention) if att_back else dy
+            dy = res_back(dy, g, demb)
+        return dy
+    return x, back
+
+
+def level(p, x, emb, net, rng):
+    """One level of the U and all below it: blocks; the level below on a picture of half the size;
+    blocks on its answer beside what we had."""
+    x, enter_back = blocks(p.enter, x, emb, net, rng)
+    if not hasattr(p, "below"):
+        return x, lambda dy, g, demb: enter_back(dy, g.enter, demb)
+    h, down_back = down(x)
+    h, below_back = level(p.below, h, emb, net, rng)
+    h, up_back = up(h)
+    C = h.shape[3]
+    y, leave_back = blocks(p.leave, xp.concatenate([h, x], 3), emb, net, rng)
+
+    def back(dy, g, demb):
+        dhx = leave_back(dy, g.leave, demb)
+        dh, dx = dhx[..., :C], dhx[..., C:]
+        dx = dx + down_back(below_back(up_back(dh), g.below, demb))     # x went two ways
+        return enter_back(dx, g.enter, demb)
+    return y, back
+
+
+# The parameters, each with its shape and the standard deviation it starts from: (9 C)^-1/2 or
+# C^-1/2 keeps a product's variance that of its input. A block's last product starts at 0, so
+# that the block starts as the identity, and so does the network's: its first output is 0, and its
+# first loss the variance of the target, about 1 for eps.
+
+def linear_layout(C, D, gain=1.0):
+    return {"w": ((C, D), gain * C ** -0.5), "b": ((D,), 0)}
+
+
+def conv_layout(C, D, gain=1.0):
+    return {"w": ((3, 3, C, D), gain * (9 * C) ** -0.5), "b": ((D,), 0)}
+
+
+def norm_layout(C):
+    return {"scale": ((C,), 0), "shift": ((C,), 0)}
+
+
+def block_layout(C, D, E, attended):
+    block = {"norm1": norm_layout(C), "conv1": conv_layout(C, D), "film": linear_layout(E, 2 * D),
+             "conv2": conv_layout(D, D, gain=0)}
+    if C != D:
+        block["skip"] = linear_layout(C, D)
+    if attended:
+        block["attention"] = {"norm": norm_layout(D), "qkv": linear_layout(D, 3 * D),
+                              "out": linear_layout(D, D, gain=0)}
+    return block
+
+
+def unet_layout(image, channels, classes, blocks, attention, fold):
+    pixel, E = image[2] * (4 if fold else 1), 4 * channels[0]
+
+    def level_layout(i, C):
+        D, attended = channels[i], i in attention
+
+        def row(C):
+            return [block_layout(C if j == 0 else D, D, E, attended) for j in range(blocks)]
+        if i + 1 == len(channels):
+            return {"enter": row(C)}
+        return {"enter": row(C), "below": level_layout(i + 1, D), "leave": row(channels[i + 1] + D)}
+
+    return {"time1": linear_layout(channels[0], E), "time2": linear_layout(E, E),
+            **({"label": ((classes + 1, E), 1)} if classes else {}),
+            "stem": conv_layout(pixel, channels[0]), "top": level_layout(0, channels[0]),
+            "norm": norm_layout(channels[0]), "out": conv_layout(channels[0], pixel, gain=0)}
+
+
+class Tree:
+    """Names for the parts of one flat buffer: tree.stem.w is a view of tree.flat, and tree.stem
+    is a Tree with a .flat of its own. Zeroing, clipping, Adam, EMA and saving are then one line
+    each, on .flat. layout: dicts and lists down to (shape, initial deviation)."""
+
+    def __init__(self, layout, flat):
+        self.layout, self.flat, rest = layout, flat, flat
+
+        def view(part):
+            nonlocal rest
+            if isinstance(part, list):
+                return [view(one) for one in part]
+            size = sum(math.prod(shape) for shape, _ in leaves(part))
+            here, rest = rest[:size], rest[size:]
+            return Tree(part, here) if isinstance(part, dict) else here.reshape(part[0])
+        for name, part in layout.items():
+            setattr(self, name, view(part))
+
+
+def leaves(layout):
+    """The (shape, initial deviation) of every parameter, in the order of the flat buffer."""
+    if isinstance(layout, tuple):
+        yield layout
+    else:
+        for part in layout.values() if isinstance(layout, dict) else layout:
+            yield from leaves(part)
+
+
+class UNet:
+    """The network: images (B, H, W, C), steps (B,) and labels (B,) to a prediction (B, H, W, C).
+
+    image: (H, W, C), any size: inside, it is padded to a multiple of what the levels halve.
+    channels: of each level, the picture being halved from one to the next. classes: labels are
+    0..classes-1, and classes itself (.null) stands for none; 0 for a network without labels.
+    blocks: residual blocks on each side of each level. attention: the levels, 0 on top, whose
+    blocks end in self-attention, of so many heads. fold: 2x2 pixels become channels on the way in
+    and pixels again on the way out: a quarter of the work. rng: a Generator or a seed.
+    """
+
+    def __init__(self, image=(28, 28, 1), channels=(32, 64), classes=10, blocks=1, attention=(),
+                 heads=4, dropout=0.0, fold=False, rng=0, dtype=np.float32):
+        image, channels, attention = tuple(image), tuple(channels), tuple(attention)
+        if len(image) != 3 or min(image) < 1:
+            raise ValueError(f"image is {image}; it has to be (height, width, channels)")
+        if not channels or min(channels) < 4 or channels[0] % 2:
+            raise ValueError(f"channels are {channels}; wanted is one number of at least 4 for each "
+                             "level, the first even")
+        for i in attention:
+            if not 0 <= i < len(channels) or channels[i] % heads:
+                raise ValueError(f"attention is at level {i} with {heads} heads; a level is one of "
+                                 f"0..{len(channels) - 1}, and its channels {channels} divide by heads")
+        if classes < 0 or blocks < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"classes, blocks and dropout are {classes}, {blocks} and {dropout}; "
+                             "they have to be >= 0, >= 1 and in [0, 1)")
+        self.config = dict(image=image, channels=channels, classes=classes, blocks=blocks,
+                           attention=attention, heads=heads, dropout=dropout, fold=fold)
+        self.image, self.classes, self.null = image, classes, classes
+        self.heads, self.dropout, self.fold = heads, dropout, fold
+        self.multiple = 2 ** (len(channels) - 1) * (2 if fold else 1)
+        self.layout = unet_layout(image, channels, classes, blocks, attention, fold)
+        rng = np.random.default_rng(rng)
+        self.params = Tree(self.layout, xp.asarray(np.concatenate(
+            [std * rng.standard_normal(math.prod(shape)) for shape, std in leaves(self.layout)]), dtype))
+        self.grads = Tree(self.layout, xp.zeros_like(self.params.flat))
+
+    def forward(self, x, t, y=None, rng=None):
+        """The prediction and back(dy), which adds to .grads and returns dx.
+
+        y: (B,) labels; None is the null label for all. An rng turns dropout on.
+        """
+        t, y = self.checked(x, t, y)
+        p, g = self.params, self.grads
+        H, W, C = self.image
+        pad_h, pad_w = -H % self.multiple, -W % self.multiple
+        emb, embed_back = embed(p, t, y)
+        h = xp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0))) if pad_h or pad_w else x
+        h, stem_back = conv3x3(p.stem, fold(h) if self.fold else h)
+        h, top_back = level(p.top, h, emb, self, rng)
+        h, norm_back = norm(p.norm, h)
+        h, silu_back = silu(h)
+        h, out_back = conv3x3(p.out, h)
+        out = (unfold(h) if self.fold else h)[:, :H, :W]
+
+        def back(dy):
+            dh = xp.pad(dy, ((0, 0), (0, pad_h), (0, pad_w), (0, 0))) if pad_h or pad_w else dy
+            dh = out_back(fold(dh) if self.fold else dh, g.out)
+            demb = xp.zeros_like(emb)
+            dh = top_back(norm_back(silu_back(dh), g.norm), g.top, demb)
+            embed_back(demb, g)
+            dh = stem_back(dh, g.stem)
+            return (unfold(dh) if self.fold else dh)[:, :H, :W]
+        return out, back
+
+    def __call__(self, x, t, y=None):
+        return self.forward(x, t, y)[0]
+
+    def checked(self, x, t, y):
+        """t and y as (B,) arrays on the device, once they are found to fit x and the network."""
+        if x.ndim != 4 or x.shape[1:] != self.image:
+            raise ValueError(f"x has shape {x.shape}; this network is for (B, *{self.image})")
+        if y is not None and not self.classes:
+            raise ValueError("y is given, but this network was made with classes=0")
+        if y is not None and isinstance(y, np.ndarray) and not np.all((0 <= y) & (y <= self.null)):
+            raise ValueError(f"labels run from {y.min()} to {y.max()}; they have to be in 0..{self.null}")
+        if self.classes and y is None:
+            y = self.null
+        return (xp.broadcast_to(xp.asarray(t), len(x)),
+                None if y is None else xp.broadcast_to(xp.asarray(y), len(x)))
+
+    def twin(self, params=None):
+        """The same network on shared parameters, or on others (flat), with gradients of its own:
+        one for each thread, one for the EMA."""
+        other = copy.copy(self)
+        other.params = self.params if params is None else Tree(self.layout, params)
+        other.grads = Tree(self.layout, xp.zeros_like(self.params.flat))
+        return other
+
+
+# ---------------------------------------------------------------------------------- training
+
+LOSSES = {      # of the error d, element by element: the loss and its slope
+    "l2": lambda d: (d * d, 2 * d),
+    "l1": lambda d: (xp.abs(d), xp.sign(d)),
+    "huber": lambda d: (xp.where(xp.abs(d) < 1, d * d / 2, xp.abs(d) - 0.5), xp.clip(d, -1, 1)),
+}
+
+
+class Adam:
+    """AdamW on one flat buffer (Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2)."""
+
+    def __init__(self, params, betas=(0.9, 0.999), eps=1e-8):
+        self.m, self.v, self.n = xp.zeros_like(params), xp.zeros_like(params), 0
+        self.betas, self.eps = betas, eps
+
+    def step(self, params, grads, lr, decay=0.0):
+        """Move params in place; decay is subtracted from them, not added to the gradient."""
+        self.n += 1
+        b1, b2 = self.betas
+        self.m += (1 - b1) * (grads - self.m)
+        self.v += (1 - b2) * (grads * grads - self.v)
+        m, v = self.m / (1 - b1 ** self.n), self.v / (1 - b2 ** self.n)     # undo the start at 0
+        params -= lr * (m / (xp.sqrt(v) + self.eps) + decay * params)
+
+
+class EMA:
+    """A running mean of the parameters, which samples better than they do. Its decay grows to
+    `decay`, or the random start would stay in it for 1 / (1 - decay) steps."""
+
+    def __init__(self, params, decay=0.999):
+        self.flat, self.decay, self.n = params.copy(), decay, 0
+
+    def step(self, params):
+        self.flat += (1 - min(self.decay, (1 + self.n) / (10 + self.n))) * (params - self.flat)
+        self.n += 1
+
+
+@dataclass
+class State:
+    """What training changes beside the network's parameters: with them, all that resuming needs."""
+    adam: Adam
+    ema: EMA
+    rng: np.random.Generator
+    step: int = 0
+    loss: float = math.nan      # of the last step
+    lr: float = 0.0             # of the last step
+
+
+def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="v", loss="l2",
+          weighting="simple", lr=2e-3, warmup=100, decay=0.0, clip=1.0, ema=0.999, drop=0.1,
+          accumulate=1, threads=1, chunk=8, state=None):
+    """Train net to predict `kind` (DDPM Algorithm 1). A generator: it yields its State after every
+    step; draw with net.twin(state.ema.flat), and go on from a State that was saved by passing it.
+
+    images: (N, H, W, C) floats in [-1, 1]; labels: (N,) integers, each replaced by the null label
+    with probability drop (CFG Algorithm 1). rng: a NumPy Generator or a seed. loss: "l2", "l1" or
+    "huber", weighted by diffusion.loss_weight(t, kind, weighting). The learning rate climbs to lr
+    over warmup steps and falls to 0 along a cosine. decay: AdamW's. clip: the largest norm of the
+    gradient. ema: the EMA's final decay. accumulate: batches to a step.
+
+    On a CPU each batch is cut into `threads` parts, each worked through `chunk` images at a time so
+    that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1). A loss that
+    is not finite is a FloatingPointError, and leaves the parameters of the step before.
+    """
+    one_of("loss", loss, LOSSES)
+    one_of("weighting", weighting, ("simple", "snr", "min_snr"))
+    one_of("kind", kind, KINDS)
+    images = xp.asarray(images, net.params.flat.dtype)
+    if images.shape[1:] != net.image or not len(images) or float(abs(images).max()) > 1.001:
+        raise ValueError(f"images have shape {images.shape} and sizes up to {float(abs(images).max()):.4g}; "
+                         f"wanted is (N, *{net.image}) in [-1, 1]")
+    if (labels is None) != (not net.classes) or labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels are {'missing' if labels is None else len(labels)} for {len(images)} "
+                         f"images and a network of {net.classes} classes")
+    labels = None if labels is None else asnumpy(labels)
+    state = state or State(Adam(net.params.flat), EMA(net.params.flat, ema), np.random.default_rng(rng))
+    rng, host = state.rng, xp is np
+    threads, chunk = (threads, chunk) if host else (1, batch)
+    workers = [net.twin() for _ in range(threads)]
+
+    def gradient(net, rows, x0, t, y, eps, seed):
+        """Add the gradient of these rows' share of the loss to net.grads; return the share."""
+        total, dropout_rng = 0, np.random.default_rng(seed)
+        for rows in np.array_split(rows, -(-len(rows) // chunk)):
+            x, e, when = x0[rows], eps[rows], t[rows]
+            out, back = net.forward(diffusion.q_sample(x, when, e), when, y if y is None else y[rows], dropout_rng)
+            value, slope = LOSSES[loss](out - diffusion.target(x, e, when, kind))
+            weight = factor(diffusion.loss_weight(when, kind, weighting) / (accumulate * x0.size), x)
+            total += (weight * value).sum()
+            back(weight * slope)
+        return total
+
+    with ThreadPoolExecutor(threads) as pool:
+        while state.step < steps:
+            for worker in workers:
+                worker.grads.flat[:] = 0
+            total = 0
+            for _ in range(accumulate):
+                pick = rng.integers(len(images), size=batch)
+                t = rng.integers(1, diffusion.T + 1, batch)
+                y = None if labels is None else np.where(rng.random(batch) < drop, net.null, labels[pick])
+                eps = normal(rng, (batch, *net.image), images.dtype)
+                jobs = [pool.submit(gradient, worker, rows, images[pick], t, y, eps, rng.integers(2 ** 63))
+                        for worker, rows in zip(workers, np.array_split(np.arange(batch), threads))]
+                total += sum(job.result() for job in jobs)
+            grads = sum(worker.grads.flat for worker in workers)
+            norm = xp.sqrt(grads @ grads)
+            state.lr = lr * min(1, (state.step + 1) / warmup) * (1 + math.cos(math.pi * state.step / steps)) / 2
+            # A GPU would have to be waited for, so there the loss is looked at now and then.
+            if (host or state.step % 25 == 0) and not math.isfinite(float(total + norm)):
+                raise FloatingPointError(f"the loss is {float(total)} and the gradient's norm {float(norm)} at "
+                                         f"step {state.step + 1}, learning rate {state.lr:.3g}; try a lower one")
+            grads *= xp.minimum(1, clip / norm)
+            state.adam.step(net.params.flat, grads, state.lr, decay)
+            state.ema.step(net.params.flat)
+            state.loss = total
+            state.step += 1
+            yield state
+
+
+FORMAT = "tinyddpm checkpoint 1"
+
+
+def save(path, net, state=None, **settings):
+    """Write the network, and with a State all of a training run, to one .npz without pickle.
+
+    settings: anything JSON can hold, such as the schedule's name; load gives it back. The file is
+    whole or it is not there: it is written beside path and renamed. Parameters that are not finite
+    are a ValueError, so that the last good checkpoint stays.
+    """
+    meta = {"format": FORMAT, "net": net.config, "settings": settings}
+    arrays = {"params": net.params.flat}
+    if state:
+        adam, ema = state.adam, state.ema
+        arrays |= {"ema": ema.flat, "m": adam.m, "v": adam.v}
+        meta["state"] = {"step": state.step, "loss": float(state.loss), "lr": state.lr,
+                         "adam": [adam.betas, adam.eps, adam.n], "ema": [ema.decay, ema.n],
+                         "rng": state.rng.bit_generator.state}
+    arrays = {name: asnumpy(a) for name, a in arrays.items()}
+    for name, a in arrays.items():
+        if not np.isfinite(a).all():
+            raise ValueError(f"{name} holds numbers that are not finite; {path} was left as it was")
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def load(path):
+    """What save wrote: the network, the State (None where there was none) and the settings. A file
+    that is damaged or something else is a ValueError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays["meta"]))
+        known = meta["format"] == FORMAT
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ValueError(f"{path} is not a tinyddpm checkpoint, or it is damaged "
+                         f"({type(error).__name__}: {error})") from error
+    if not known:
+        raise ValueError(f"{path} has the format {meta['format']!r}; this version reads {FORMAT!r}")
+    net = UNet(**meta["net"], dtype=arrays["params"].dtype)
+    for name in arrays.keys() - {"meta"}:
+        if arrays[name].shape != net.params.flat.shape:
+            raise ValueError(f"{path} does not fit together: {name} has shape {arrays[name].shape}, and "
+                             f"its network {net.params.flat.size} parameters")
+    net.params.flat[:] = xp.asarray(arrays["params"])
+    if "state" not in meta:
+        return net, None, meta["settings"]
+    saved = meta["state"]
+    betas, eps, n = saved["adam"]
+    adam, ema = Adam(net.params.flat, tuple(betas), eps), EMA(xp.asarray(arrays["ema"]), saved["ema"][0])
+    adam.m, adam.v, adam.n, ema.n = xp.asarray(arrays["m"]), xp.asarray(arrays["v"]), n, saved["ema"][1]
+    bits = getattr(np.random, saved["rng"]["bit_generator"])()
+    bits.state = saved["rng"]
+    state = State(adam, ema, np.random.Generator(bits), saved["step"], saved["loss"], saved["lr"])
+    return net, state, meta["settings"]
+
+
+# ------------------------------------------------------------------------ the gradient check
+
+def gradient_errors(layer, p, inputs, h=1e-5, directions=4):
+    """Compare a layer's gradients with finite differences, in float64.
+
+    layer(p, *inputs) -> y and back, where back(dy, g) adds to g and returns the gradient of the
+    input, or a tuple of them. For a random cotangent c, f = sum(c * y) is one number, which along a
+    random direction u changes by (f(h u) - f(-h u)) / 2h, and that has to be the sum of u * df.
+    Yields (name of the gradient, relative error over the directions).
+    """
+    rng = np.random.default_rng(1)
+    g = Tree(p.layout, xp.zeros_like(p.flat))
+    y, back = layer(p, *inputs)
+    c = normal(rng, y.shape, y.dtype)
+    dinputs = back(c, g)
+    if len(inputs) == 1:
+        dinputs = [dinputs]
+    places = [(f"input {i + 1}", a, da) for i, (a, da) in enumerate(zip(inputs, dinputs or []))]
+    for name in p.layout:
+        a, da = getattr(p, name), getattr(g, name)
+        places.append((name, a.flat, da.flat) if isinstance(a, Tree) else (name, a, da))
+    for name, a, da in places:
+        start, wrong, size = a.copy(), 0.0, 0.0
+        for _ in range(directions):
+            u, f = normal(rng, a.shape, a.dtype), []
+            for shift in (h, -h):
+                a[...] = start + shift * u
+                f.append(float((c * layer(p, *inputs)[0]).sum()))
+            slope = (f[0] - f[1]) / (2 * h)
+            wrong, size = wrong + (slope - float((u * da).sum())) ** 2, size + slope ** 2
+        a[...] = start
+        yield name, (wrong / size) ** 0.5
+
+
+def gradient_table():
+    """Every layer and two whole networks through gradient_errors: (layer, gradient, error)."""
+    rng = np.random.default_rng(0)
+
+    def array(*shape):
+        return normal(rng, shape, np.float64)
+
+    def tree(layout):
+        return Tree(layout, 0.3 * array(sum(math.prod(shape) for shape, _ in leaves(layout))))
+
+    def free(layer, *options):              # a layer without parameters
+        def with_parameters(p, *inputs):
+            y, back = layer(*inputs, *options)
+            return y, lambda dy, g: back(dy)
+        return with_parameters
+
+    def block(p, x, emb):
+        y, back = res_block(p, x, emb, 0, None)
+
+        def back_both(dy, g):
+            demb = xp.zeros_like(emb)
+            return back(dy, g, demb), demb
+        return y, back_both
+
+    def network(net, labels):
+        t = xp.asarray([1, 40, 999])
+
+        def layer(p, x):
+            y, back = net.forward(x, t, labels, np.random.default_rng(1))
+
+            def back_into(dy, g):
+                dx = back(dy)
+                g.flat += net.grads.flat
+                return dx
+            return y, back_into
+        net.params.flat[:] = 0.3 * array(net.params.flat.size)      # none of them 0
+        return layer, net.params, [array(3, *net.image)]
+
+    x, none = array(2, 6, 4, 8), tree({})
+    steps, labels = xp.asarray([1, 500]), xp.asarray([0, 3])
+    flat, folded = (UNet(image=(8, 8, 1), channels=(8, 12), classes=3, attention=(1,), dtype=np.float64),
+                    UNet(image=(11, 13, 3), channels=(8, 12, 16), classes=0, blocks=2, fold=True,
+                         dropout=0.2, dtype=np.float64))
+    block_table = block_layout(8, 12, 10, False)
+    cases = {
+        "silu": (free(silu), none, [x]),
+        "linear": (linear, tree(linear_layout(8, 5)), [x]),
+        "conv3x3": (conv3x3, tree(conv_layout(8, 5)), [x]),
+        "group_norm": (free(group_norm, 4), none, [x, array(2, 8), array(2, 8)]),
+        "norm": (norm, tree(norm_layout(8)), [x]),
+        "dropout": (lambda p, x: free(dropout, 0.3, np.random.default_rng(1))(p, x), none, [x]),
+        "fold": (lambda p, x: (fold(x), lambda dy, g: unfold(dy)), none, [x]),
+        "unfold": (lambda p, x: (unfold(x), lambda dy, g: fold(dy)), none, [x]),
+        "down": (free(down), none, [x]),
+        "up": (free(up), none, [x]),
+        "attention": (lambda p, x: attention(p, x, 2),
+                      tree(block_layout(8, 8, 1, True)["attention"]), [x]),
+        "embed": (lambda p: embed(p, steps, labels), tree(
+            {"time1": linear_layout(8, 10), "time2": linear_layout(10, 10), "label": ((4, 10), 1)}), []),
+        "res_block": (block, tree(block_table), [x, array(2, 10)]),
+        "U-Net": network(flat, xp.asarray([0, 2, 3])),
+        "U-Net, folded": network(folded, None),
+    }
+    for title, case in cases.items():
+        for name, error in gradient_errors(*case):
+            yield title, name, error
+
+
+if __name__ == "__main__":
+    worst = 0.0
+    print(f"{'layer':15}{'gradient by':13}relative error, against finite differences in float64")
+    for title, name, error in gradient_table():
+        print(f"{title:15}{name:13}{error:.1e}{'' if error <= 1e-6 else '   WRONG'}")
+        worst = max(worst, error if error == error else math.inf)
+    raise SystemExit(f"the worst error is {worst:.1e}: above 1e-6" if worst > 1e-6 else 0)
