@@ -98,20 +98,21 @@ def normal(rng, shape, dtype=np.float32):
 
 def linear_betas(T, start=1e-4, end=0.02):
     """Equal steps of beta (DDPM section 4). Made for T = 1000; see scaled_linear_betas."""
-    return checked_betas(np.linspace(start, end, steps_allowed(T)))
+    return checked_betas(np.linspace(start, end, whole("T", T)))
 
 
 def scaled_linear_betas(T, start=1e-4, end=0.02):
     """linear_betas with both ends times 1000/T, so that x_T is noise for a short T too (iDDPM's
     code). Below T = 20 beta would pass 1: a ValueError. Latent diffusion's and diffusers'
     "scaled_linear" is something else: quadratic_betas."""
-    scale = 1000 / steps_allowed(T)
+    scale = 1000 / whole("T", T)
     return checked_betas(np.linspace(scale * start, scale * end, T))
 
 
 def quadratic_betas(T, start=1e-4, end=0.02):
     """Equal steps of sqrt(beta) (DDIM's code; LDM's "linear", diffusers' "scaled_linear")."""
-    return checked_betas(np.linspace(start ** 0.5, end ** 0.5, steps_allowed(T)) ** 2)
+    start, end = checked_betas([start, end]) ** 0.5
+    return checked_betas(np.linspace(start, end, whole("T", T)) ** 2)
 
 
 def cosine_betas(T, s=0.008, max_beta=0.999):
@@ -119,21 +120,21 @@ def cosine_betas(T, s=0.008, max_beta=0.999):
 
     beta is capped at max_beta: uncapped, beta_T = 1 and x_T would know nothing of x0.
     """
-    u = np.arange(steps_allowed(T) + 1) / T
+    u = np.arange(whole("T", T) + 1) / T
     f = np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
     return betas_from_abar(f / f[0], max_beta)
 
 
 def sigmoid_betas(T, start=1e-4, end=0.02):
     """beta, not abar, follows a sigmoid from -6 to 6 (GeoDiff's code)."""
-    rise = 1 / (1 + np.exp(-np.linspace(-6, 6, steps_allowed(T))))
+    rise = 1 / (1 + np.exp(-np.linspace(-6, 6, whole("T", T))))
     return checked_betas(start + (end - start) * rise)
 
 
 def sqrt_betas(T, s=1e-4, max_beta=0.999):
     """abar_t = 1 - sqrt(t/T + s) (Diffusion-LM, appendix A): noise of deviation s^(1/4) at once,
     then slowly more. abar_T would be below 0; max_beta caps the last beta."""
-    abar = 1 - np.sqrt(np.arange(steps_allowed(T) + 1) / T + s)
+    abar = 1 - np.sqrt(np.arange(whole("T", T) + 1) / T + s)
     abar[0] = 1
     return betas_from_abar(abar, max_beta)
 
@@ -143,7 +144,7 @@ def karras_betas(T, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
     EDM made it a sampling grid, from sigma_max down; as a forward process it has to ascend.
     """
-    root = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps_allowed(T))
+    root = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), whole("T", T))
     sigma = root[::-1] ** rho
     return betas_from_abar(np.concatenate([[1], 1 / (1 + sigma ** 2)]))
 
@@ -164,12 +165,14 @@ def zero_terminal_snr(betas):
 
 
 def betas_from_abar(abar, max_beta=1.0):
-    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1."""
-    return checked_betas(np.minimum(1 - abar[1:] / abar[:-1], max_beta))
+    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1; below 0, where
+    a formula overshoots, it counts as 0."""
+    abar = np.maximum(abar, 0)
+    return checked_betas(np.minimum(1 - abar[1:] / np.maximum(abar[:-1], 1e-300), max_beta))
 
 
 def checked_betas(betas):
-    """The betas as float64 (T,); a ValueError where one is outside (0, 1]."""
+    """The betas as float64 (T,); a ValueError where one is outside (0, 1], or 1 before the end."""
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas have shape {betas.shape}; wanted is (T,) with T >= 1")
@@ -177,14 +180,17 @@ def checked_betas(betas):
     if len(wrong):
         raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
                          "every beta lies above 0 and at most at 1")
+    if np.any(betas[:-1] == 1):
+        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may be, as no "
+                         "signal is left after it")
     return betas
 
 
-def steps_allowed(T):
-    """T, if it is an integer of at least 1; else a ValueError."""
-    if not isinstance(T, (int, np.integer)) or T < 1:
-        raise ValueError(f"T is {T!r}; it has to be an integer of at least 1")
-    return T
+def whole(name, value):
+    """The value, if it is an integer of at least 1; else a ValueError."""
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it has to be an integer of at least 1")
+    return value
 
 
 # ---------------------------------------------------------------------- the forward process
@@ -227,9 +233,10 @@ class Diffusion:
         variance is a float where t is an integer, else (B, 1, ...), and 0 at s = 0.
         """
         t = self._checked(t, x0, xt)
-        s = t - 1 if s is None else s
-        if not np.all((0 <= s) & (s < t)):
-            raise ValueError(f"s is {s} and t is {t}; the step to go back to lies in 0..t-1")
+        s = t - 1 if s is None else np.asarray(s)
+        if np.shape(s) != np.shape(t) or s.dtype.kind not in "iu" or not np.all((0 <= s) & (s < t)):
+            raise ValueError(f"s is {s} and t is {t}; the step to go back to is an integer of 0..t-1, "
+                             "one for each t")
         alpha = self.abar[t] / self.abar[s]
         rest_t, rest_s = 1 - self.abar[t], 1 - self.abar[s]
         of_x0 = self.abar[s] ** 0.5 * (1 - alpha) / rest_t
@@ -292,8 +299,8 @@ class Diffusion:
             "decoder"  -log2 p(x0|x_1), the Gaussian integrated over x0's bin
             "total"    their sum
         """
-        bits = 1 / math.log(2)
-        abar = self.abar[-1]
+        self._checked(1, x0, kind=kind)
+        bits, abar = 1 / math.log(2), float(self.abar[-1])
         prior = 0.5 * bits * float((abar * x0 ** 2 - abar - math.log1p(-abar)).mean())
         kl = np.zeros(self.T + 1)
         for t in range(self.T, 0, -1):
@@ -328,7 +335,7 @@ class Diffusion:
         if t.ndim and arrays and t.shape != arrays[0].shape[:1]:
             raise ValueError(f"t has shape {t.shape} for arrays of shape {arrays[0].shape}; it has to "
                              f"be one integer or one for each of the {len(arrays[0])} images")
-        return t if t.ndim else int(t)
+        return t if t.ndim else t[()]
 
 
 def factor(value, x):
@@ -364,7 +371,7 @@ def timesteps(T, steps, spacing="trailing"):
     "trailing" starts at T, where training put pure noise; "linspace" has both ends, T and 1;
     "leading", the usual one, never visits the last T/steps and is here for comparison.
     """
-    if not 1 <= steps <= steps_allowed(T):
+    if not 1 <= whole("steps", steps) <= whole("T", T):
         raise ValueError(f"steps is {steps}; of T = {T} steps it has to be 1..{T}")
     one_of("spacing", spacing, ("trailing", "leading", "linspace"))
     i = np.arange(steps)
@@ -389,6 +396,8 @@ def ddpm(model, diffusion, x, rng, steps=None, spacing="trailing", variance="sma
     function of x0 such as dynamic_threshold.
     """
     one_of("variance", variance, ("small", "large"))
+    if rng is None:
+        raise ValueError("rng is None; the noise of every step needs a Generator")
 
     def step(x, x0, t, s):
         mean, var = diffusion.q_posterior(x0, x, t, s)
@@ -412,7 +421,7 @@ def ddim(model, diffusion, x, rng=None, steps=50, eta=0.0, spacing="trailing", k
         abar, abar_s = float(diffusion.abar[t]), float(diffusion.abar[s])
         sigma = eta * math.sqrt((1 - abar_s) / (1 - abar) * (1 - abar / abar_s))
         eps = diffusion.to_eps(x, t, x0, "x0")      # of the clipped x0, so that the two agree
-        x = abar_s ** 0.5 * x0 + (1 - abar_s - sigma ** 2) ** 0.5 * eps
+        x = abar_s ** 0.5 * x0 + max(0, 1 - abar_s - sigma ** 2) ** 0.5 * eps
         return x + sigma * normal(rng, x.shape, x.dtype) if sigma else x
 
     return walk(model, diffusion, x, steps, spacing, kind, clip, step)
@@ -424,8 +433,9 @@ def walk(model, diffusion, x, steps, spacing, kind, clip, step):
     if steps is None or isinstance(steps, (int, np.integer)):
         steps = timesteps(diffusion.T, diffusion.T if steps is None else steps, spacing)
     route = [int(t) for t in steps] + [0]
-    if route[0] > diffusion.T or len(route) < 2 or any(s >= t for t, s in zip(route, route[1:])):
-        raise ValueError(f"steps are {route[:-1]}; they have to descend within {diffusion.T}..1")
+    if (len(route) < 2 or route[:-1] != list(steps) or route[0] > diffusion.T
+            or any(s >= t for t, s in zip(route, route[1:]))):
+        raise ValueError(f"steps are {list(steps)}; they have to be integers that descend within {diffusion.T}..1")
 
     def run(x):
         for t, s in zip(route, route[1:]):
@@ -513,35 +523,47 @@ def linear(p, x):
     return y, back
 
 
-def windows(x):
-    """The 3x3 window around every pixel, zero beyond the edge: (B, H, W, C) -> (B H W, 9 C)."""
+def windows(x, budget=2 ** 18):
+    """The 3x3 window around every pixel, zero beyond the edge, a few images (B, H, W, C) at a time.
+
+    Yields (rows, their windows (rows, 9 C)), where rows is a slice of the B H W pixels. On a CPU a
+    few are of about `budget` numbers, which stay in its cache until the product has read them.
+    """
     B, H, W, C = x.shape
     padded = xp.zeros((B, H + 2, W + 2, C), x.dtype)
     padded[:, 1:-1, 1:-1] = x
     b, h, w, c = padded.strides
     # Three neighbours in a row are 3 C numbers in a row, so a window is three runs of memory.
     runs = xp.lib.stride_tricks.as_strided(padded, (B, H, W, 3, 3 * C), (b, h, w, h, c))
-    return runs.reshape(B * H * W, 9 * C)
+    few = max(1, budget // (9 * C * H * W)) if xp is np else B
+    for i in range(0, B, few):
+        some = runs[i:i + few]
+        yield slice(i * H * W, (i + len(some)) * H * W), some.reshape(-1, 9 * C)
 
 
 def conv3x3(p, x):
     """3x3 convolution (correlation, as everywhere in the field): (B, H, W, C) -> (B, H, W, D)."""
-    C, D = p.w.shape[2:]
-    y = windows(x) @ p.w.reshape(9 * C, D)
+    B, H, W, C = x.shape
+    D = p.w.shape[3]
+    y = xp.empty((B * H * W, D), x.dtype)
+    for rows, around in windows(x):
+        y[rows] = around @ p.w.reshape(9 * C, D)
     y += p.b
-    y = y.reshape(*x.shape[:3], D)
 
     def back(dy, g):
         # x_n met the weight w_k on its way to y_{n-k}. So dx_n is the sum of dy_{n-k} w_k^T, a
         # convolution of dy by the kernel turned by half a turn, and dw_k that of x_n dy_{n-k}^T:
         # both read the same windows of dy.
-        around = windows(dy)
-        dw = (x.reshape(-1, C).T @ around).reshape(C, 3, 3, D)
-        g.w += dw.transpose(1, 2, 0, 3)[::-1, ::-1]
-        g.b += dy.sum((0, 1, 2))
+        pixels = x.reshape(-1, C)
         turned = p.w[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * D, C)
-        return (around @ turned).reshape(x.shape)
-    return y, back
+        dx, dw = xp.empty_like(pixels), 0
+        for rows, around in windows(dy):
+            dx[rows] = around @ turned
+            dw = dw + pixels[rows].T @ around
+        g.w += dw.reshape(C, 3, 3, D).transpose(1, 2, 0, 3)[::-1, ::-1]
+        g.b += dy.sum((0, 1, 2))
+        return dx.reshape(x.shape)
+    return y.reshape(B, H, W, D), back
 
 
 def group_norm(x, scale, shift, groups=8, eps=1e-5):
@@ -778,7 +800,7 @@ def unet_layout(image, channels, classes, blocks, attention, fold):
         def row(C):
             return [block_layout(C if j == 0 else D, D, E, attended) for j in range(blocks)]
         if i + 1 == len(channels):
-            return {"enter": row(C)}
+            return {"enter": row(C) + row(D)}
         return {"enter": row(C), "below": level_layout(i + 1, D), "leave": row(channels[i + 1] + D)}
 
     return {"time1": linear_layout(channels[0], E), "time2": linear_layout(E, E),
@@ -815,6 +837,11 @@ def leaves(layout):
             yield from leaves(part)
 
 
+def initial(layout, rng):
+    """Starting values for a flat buffer, float64 on the host."""
+    return np.concatenate([std * rng.standard_normal(math.prod(shape)) for shape, std in leaves(layout)])
+
+
 class UNet:
     """The network: images (B, H, W, C), steps (B,) and labels (B,) to a prediction (B, H, W, C).
 
@@ -847,9 +874,7 @@ class UNet:
         self.heads, self.dropout, self.fold = heads, dropout, fold
         self.multiple = 2 ** (len(channels) - 1) * (2 if fold else 1)
         self.layout = unet_layout(image, channels, classes, blocks, attention, fold)
-        rng = np.random.default_rng(rng)
-        self.params = Tree(self.layout, xp.asarray(np.concatenate(
-            [std * rng.standard_normal(math.prod(shape)) for shape, std in leaves(self.layout)]), dtype))
+        self.params = Tree(self.layout, xp.asarray(initial(self.layout, np.random.default_rng(rng)), dtype))
         self.grads = Tree(self.layout, xp.zeros_like(self.params.flat))
 
     def forward(self, x, t, y=None, rng=None):
@@ -903,6 +928,16 @@ class UNet:
         other.params = self.params if params is None else Tree(self.layout, params)
         other.grads = Tree(self.layout, xp.zeros_like(self.params.flat))
         return other
+
+
+def parallel(model, threads, chunk=16):
+    """The same model, its batch cut into chunks for so many threads to work through, on a CPU."""
+    pool = ThreadPoolExecutor(threads)
+
+    def model_in_parts(*arrays):
+        cuts = [slice(i, i + chunk) for i in range(0, len(arrays[0]), chunk)]
+        return xp.concatenate(list(pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)))
+    return model_in_parts
 
 
 # ---------------------------------------------------------------------------------- training

@@ -1,0 +1,621 @@
+"""The tour of tinyddpm on MNIST: train, sample, and a picture of every idea on the way.
+
+    python demo.py              train on the bundled digits (again: go on from the checkpoint), then
+                                draw out/samples.png, out/denoising.png and out/loss.png
+    python demo.py COMMAND      one of the others, below; COMMAND --help lists its options
+"""
+import argparse
+import gzip
+import hashlib
+import math
+import os
+import signal
+import sys
+import time
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(name, "1")    # before NumPy starts: the batch is what gets cut over threads
+
+import matplotlib                                                               # noqa: E402
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt                                                 # noqa: E402
+import numpy as np                                                              # noqa: E402
+from tqdm import tqdm                                                           # noqa: E402
+
+import tinyddpm as td                                                           # noqa: E402
+from tinyddpm import asnumpy, xp                                                # noqa: E402
+
+HERE = Path(__file__).parent
+ON_GPU = xp is not np
+THREADS = 1 if ON_GPU else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+# Chosen by measuring on 2 CPU cores (the README has the figures); the GPU's is larger.
+NETWORK = dict(channels=(64, 128, 128), blocks=2) if ON_GPU else dict(channels=(16, 32, 64), blocks=1)
+TRAINING = dict(kind="v", lr=3e-3, ema=0.995, drop=0.1, threads=THREADS)
+STEPS, BATCH = (6000, 128) if ON_GPU else (1500, 64)
+SCHEDULE, T = "cosine", 1000
+
+
+# ------------------------------------------------------------------------------------- data
+
+MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+MNIST_SHA256 = {    # of the unpacked files: one file can be packed in many ways
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+
+
+def read_idx(path):
+    """The array in an IDX file of bytes, gzipped or not. A damaged file is a ValueError."""
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex(' ') or 'nothing'}")
+    start = 4 + 4 * raw[3]
+    shape = tuple(np.frombuffer(raw[4:start], ">u4").tolist())
+    if len(raw) != start + math.prod(shape):
+        raise ValueError(f"{path} is damaged: its header promises {math.prod(shape)} bytes of shape {shape}, "
+                         f"and {len(raw) - start} follow")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def load_digits(directory, split):
+    """Images (N, H, W, C) float32 in [-1, 1] and labels (N,) of the split "train" or "t10k"."""
+    def find(name):
+        for path in (directory / f"{split}-{name}", directory / f"{split}-{name}.gz"):
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"{directory} has no {split}-{name}, with or without .gz")
+    images, labels = read_idx(find("images-idx3-ubyte")), read_idx(find("labels-idx1-ubyte"))
+    if images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
+        raise ValueError(f"{directory}: images of shape {images.shape} and labels of shape {labels.shape} "
+                         "do not belong together")
+    images = images.reshape(*images.shape[:3], -1)
+    return images.astype(np.float32) / 127.5 - 1, labels.astype(np.int64)
+
+
+def download(args):
+    """Fetch the full MNIST, 60,000 and 10,000 digits, and check it."""
+    args.data.mkdir(parents=True, exist_ok=True)
+    for name, digest in MNIST_SHA256.items():
+        url, path = args.url.rstrip("/") + f"/{name}.gz", args.data / f"{name}.gz"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                packed = reply.read()
+            found = hashlib.sha256(gzip.decompress(packed)).hexdigest()
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{url} could not be fetched: {error}") from error
+        if found != digest:
+            raise ValueError(f"{url} is not the file that was asked for: its SHA-256 is {found}, not {digest}")
+        write(path, lambda temporary: temporary.write_bytes(packed))
+        print(f"{path}: {len(packed):,} bytes, SHA-256 as it should be")
+    print(f"Train on it: python demo.py --data {args.data}")
+
+
+def write(path, make):
+    """make(a temporary path), then rename it: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")       # keeps the ending, which says the format
+    try:
+        make(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------- pictures
+
+def tile(images):
+    """(rows, columns, H, W, C) in [-1, 1] to one picture with a thin line between."""
+    images = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+    rows, columns, H, W, C = images.shape
+    page = images.transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
+    page = np.clip((page + 1) / 2, 0, 1)
+    return page if C == 3 else page[:, :, 0]
+
+
+def show(ax, images, columns=(), rows=()):
+    """Draw rows of images with a heading for each column and a name for each row."""
+    images = asnumpy(images)
+    n_rows, n_columns, H, W = images.shape[:4]
+    ax.imshow(tile(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks((np.arange(n_columns) + 0.5) * (W + 2) - 0.5 if len(columns) else [], columns)
+    ax.set_yticks((np.arange(n_rows) + 0.5) * (H + 2) - 0.5 if len(rows) else [], rows)
+    ax.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False, labelsize=9)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def sheet(path, images, columns=(), rows=(), title=""):
+    """Write a picture of rows of images."""
+    n_rows, n_columns = images.shape[:2]
+    figure, ax = plt.subplots(figsize=(0.62 * n_columns + (1.8 if len(rows) else 0.2), 0.62 * n_rows + 0.7))
+    show(ax, images, columns, rows)
+    ax.set_title(title, fontsize=10)
+    keep(figure, path)
+
+
+def keep(figure, path):
+    figure.tight_layout()
+    write(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def plot_loss(path, losses):
+    losses = np.array(losses)
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, "valid")
+    figure, ax = plt.subplots(figsize=(6, 3.2))
+    ax.semilogy(np.arange(1, len(losses) + 1), losses, lw=0.5, alpha=0.4, label="each step")
+    ax.semilogy(np.arange(len(smooth)) + (width + 1) / 2, smooth, lw=1.5, label=f"mean of {width} steps")
+    ax.set(xlabel="step", ylabel="mean squared error of v", title=f"{smooth[-1]:.4f} at the end")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    keep(figure, path)
+
+
+# --------------------------------------------------------------------------------- training
+
+def train(args):
+    """Train on DATA, or go on from OUT/model.npz, then draw samples."""
+    began = time.perf_counter()
+    images, labels = load_digits(args.data, "train")
+    path = args.out / "model.npz"
+    asked = {name: value for name, value in vars(args).items()
+             if name in ("steps", "batch", "lr", "channels", "blocks", "seed") and value is not None}
+    if path.exists() and not args.fresh:
+        net, state, settings = td.load(path)
+        for name, value in {**asked, "data": crc(images)}.items():
+            if settings[name] != value:
+                raise ValueError(f"{path} was trained with {name} {settings[name]}, and {value} is asked for now; "
+                                 "--fresh starts over, --out keeps both")
+        print(f"{path}: {state.step} of {settings['steps']} steps are done")
+    else:
+        settings = {"steps": STEPS, "batch": BATCH, "lr": TRAINING["lr"], "seed": 0, "kind": TRAINING["kind"],
+                    **NETWORK, **asked, "schedule": SCHEDULE, "T": T, "data": crc(images), "losses": []}
+        net = td.UNet(image=images.shape[1:], channels=settings["channels"], blocks=settings["blocks"],
+                      classes=int(labels.max()) + 1, rng=settings["seed"])
+        state = None
+        print(f"{len(images):,} images {net.image}, {net.classes} classes, {net.params.flat.size:,} parameters, "
+              f"{xp.__name__}" + ("" if ON_GPU else f" on {THREADS} threads"))
+    losses, steps, batch = settings["losses"], settings["steps"], settings["batch"]
+    training = td.train(net, td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"])), images, labels,
+                        steps=steps, batch=batch, rng=settings["seed"] + 1, state=state,
+                        **{**TRAINING, "lr": settings["lr"], "kind": settings["kind"]})
+
+    def save():
+        losses[:] = map(float, losses)      # on a GPU they are still there
+        args.out.mkdir(parents=True, exist_ok=True)
+        td.save(path, net, state, **settings)
+
+    done = state.step if state else 0
+    with Interrupt() as interrupt, tqdm(total=steps * batch, initial=done * batch, unit=" images",
+                                        unit_scale=True, smoothing=0.05) as bar:
+        saved = time.perf_counter()
+        for state in training:
+            losses.append(state.loss)
+            if state.step % 10 == 0:
+                bar.set_postfix_str(f"loss {np.mean([float(loss) for loss in losses[-50:]]):.4f}", refresh=False)
+            bar.update(batch)
+            if interrupt.asked or time.perf_counter() - saved > 30 or state.step == steps:
+                save()
+                saved = time.perf_counter()
+            if interrupt.asked:
+                break
+    if state.step < steps:
+        raise SystemExit(f"stopped after step {state.step} of {steps}, which {path} holds; "
+                         "the same command goes on from there")
+    print(f"trained for {steps} steps, this time in {time.perf_counter() - began:.0f} s")
+
+    model = Model(args.out)
+    labels = np.tile(np.arange(net.classes), 10)
+    images = model.draw(labels, args.seed or 0)
+    sheet(args.out / "samples.png", images.reshape(10, net.classes, *net.image), range(net.classes),
+          title=f"DDIM, {DRAWING['steps']} steps, guidance {DRAWING['guidance']}")
+    chosen = np.arange(0, net.classes, max(1, net.classes // 5))
+    frames = dict(model.frames(chosen, args.seed or 0))
+    at = np.array(list(frames))[np.linspace(0, len(frames) - 1, 10).astype(int)]
+    sheet(args.out / "denoising.png", np.stack([asnumpy(frames[t]) for t in at], 1), [f"t={t}" for t in at],
+          title="from noise to digits")
+    plot_loss(args.out / "loss.png", losses)
+    print(f"all of it took {time.perf_counter() - began:.0f} s")
+
+
+def crc(images):
+    return f"{zlib.crc32(np.ascontiguousarray(images)):08x}"
+
+
+class Interrupt:
+    """Ctrl-C lets the step under way end first; pressed again, it stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self.press)
+        return self
+
+    def press(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.before)
+
+
+# --------------------------------------------------------------------------------- sampling
+
+DRAWING = dict(sampler="ddim", steps=50, eta=0.0, guidance=2.0)
+
+
+class Model:
+    """What a checkpoint holds, ready to draw: the EMA network and its diffusion."""
+
+    def __init__(self, out):
+        path = out / "model.npz"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there yet; `python demo.py` trains it")
+        self.net, state, settings = td.load(path)
+        self.net = self.net.twin(state.ema.flat)
+        self.model = self.net if ON_GPU else td.parallel(self.net, THREADS)
+        self.kind, self.trained = settings["kind"], f"{state.step} steps"
+        self.diffusion = td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"]))
+
+    def start(self, labels, seed):
+        """The sampler's generator and x_T, from one seed."""
+        rng = np.random.default_rng(seed)
+        return rng, td.normal(rng, (len(labels), *self.net.image))
+
+    def guided(self, labels, w):
+        return td.guided(self.model, labels, self.net.null, w)
+
+    def frames(self, labels, seed, sampler="ddim", steps=50, eta=0.0, guidance=2.0):
+        """(t, x_t), from x_T to x_0."""
+        rng, x = self.start(labels, seed)
+        yield self.diffusion.T, x
+        model = self.guided(labels, guidance)
+        if sampler == "ddpm":
+            yield from td.ddpm(model, self.diffusion, x, rng, steps, kind=self.kind)
+        else:
+            yield from td.ddim(model, self.diffusion, x, rng, steps, eta, kind=self.kind)
+
+    def draw(self, labels, seed, **drawing):
+        """x_0, host (N, H, W, C), with a progress bar."""
+        drawing = {**DRAWING, **drawing}
+        title = f"{len(labels)} images, {drawing['sampler']}, guidance {drawing['guidance']}"
+        bar = tqdm(self.frames(labels, seed, **drawing), title, total=drawing["steps"] + 1, unit=" steps")
+        return asnumpy(td.sample(bar))
+
+
+def sample(args):
+    """Draw digits: OUT/sample.png, and with --save all images and labels as .npz."""
+    model = Model(args.out)
+    digits = args.digits if args.digits is not None else range(model.net.classes)
+    if not all(0 <= d < model.net.classes for d in digits):
+        raise ValueError(f"digits are {list(digits)}; the network knows 0..{model.net.classes - 1}")
+    labels = np.resize(digits, args.count or 10 * len(digits))
+    if args.sampler == "ddpm" and args.steps is None:
+        args.steps = model.diffusion.T
+    began = time.perf_counter()
+    images = model.draw(labels, args.seed or 0, **given(args, "sampler", "steps", "eta", "guidance"))
+    took = time.perf_counter() - began
+    print(f"{len(images)} images in {took:.1f} s, {1000 * took / len(images):.0f} ms each")
+    if args.save:
+        write(args.save, lambda temporary: np.savez_compressed(temporary, x=images, y=labels))
+        print(f"wrote {args.save}: x {images.shape} in [-1, 1], y {labels.shape}")
+    rows = -(-min(len(images), 20 * len(digits)) // len(digits))
+    page = np.full((rows * len(digits), *images.shape[1:]), -1.0, np.float32)
+    page[:len(images)] = images[:len(page)]
+    sheet(args.out / "sample.png", page.reshape(rows, len(digits), *images.shape[1:]), digits)
+
+
+def given(args, *names):
+    """The options that were given on the command line."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def speed(args):
+    """DDPM with all steps against DDIM with 10, 20 and 50 and eta 0, 0.5 and 1: time and picture."""
+    model = Model(args.out)
+    labels = np.arange(model.net.classes)
+    runs = [("ddpm", model.diffusion.T, None)] + [("ddim", n, eta) for n in (10, 20, 50) for eta in (0, 0.5, 1)]
+    rows, names, times = [], [], []
+    for sampler, steps, eta in runs:
+        began = time.perf_counter()
+        rows.append(model.draw(labels, args.seed or 0, sampler=sampler, steps=steps, eta=eta or 0))
+        times.append(time.perf_counter() - began)
+        names.append(f"{sampler.upper()} {steps}" + ("" if eta is None else f", eta {eta}"))
+    print(f"\n{'':18}{'seconds':>8}  DDPM takes so many times as long")
+    for name, took in zip(names, times):
+        print(f"{name:18}{took:8.2f}{times[0] / took:9.1f}")
+    sheet(args.out / "speed.png", np.stack(rows), labels,
+          [f"{name}: {took:.1f} s" for name, took in zip(names, times)])
+
+
+def guidance(args):
+    """A row of digits for each guidance weight, from the same noise."""
+    model = Model(args.out)
+    labels, weights = np.arange(model.net.classes), (0, 1, 2, 3, 7.5)
+    rows = [model.draw(labels, args.seed or 0, guidance=w) for w in weights]
+    print("share of pixels at black or white, by weight: " +
+          ", ".join(f"w={w} {np.mean(np.abs(r) > 0.98):.0%}" for w, r in zip(weights, rows)))
+    sheet(args.out / "guidance.png", np.stack(rows), labels, [f"w = {w}" for w in weights])
+
+
+# -------------------------------------------------------------------- the forward process
+
+def forward(args):
+    """One digit on its way to noise, with its signal-to-noise ratio."""
+    images, labels = load_digits(args.data, "t10k")
+    diffusion = td.Diffusion(td.SCHEDULES[args.schedule](T))
+    x0 = xp.asarray(images[labels == args.digit][:1])
+    if not len(x0):
+        raise ValueError(f"digit is {args.digit}; the data has {labels.min()}..{labels.max()}")
+    eps = td.normal(np.random.default_rng(args.seed or 0), x0.shape)
+    steps = [1, 100, 250, 500, 750, 1000]
+    print(f"{args.schedule} schedule\n{'t':>5}{'abar':>12}{'SNR':>12}")
+    for t in steps:
+        print(f"{t:5}{diffusion.abar[t]:12.4g}{diffusion.snr[t]:12.4g}")
+    frames = np.stack([asnumpy(diffusion.q_sample(x0, t, eps)) for t in steps], 1)
+    sheet(args.out / "forward.png", frames, [f"t={t}\nSNR {diffusion.snr[t]:.2g}" for t in steps])
+
+
+def schedules(args):
+    """Beta, alpha-bar and log-SNR of every schedule, and one digit under each."""
+    images, labels = load_digits(args.data, "t10k")
+    x0 = xp.asarray(images[:1])
+    eps = td.normal(np.random.default_rng(args.seed or 0), x0.shape)
+    every = {name: td.Diffusion(betas(T)) for name, betas in td.SCHEDULES.items()}
+    every["linear, zero SNR"] = td.Diffusion(td.zero_terminal_snr(td.linear_betas(T)))
+    steps, t = (200, 500, 800), np.arange(1, T + 1)
+    figure, axes = plt.subplots(1, 4, figsize=(14, 4.4), width_ratios=(3, 3, 3, 2))
+    print(f"{'':18}" + "".join(f"{f'SNR({s})':>12}" for s in (*steps, T)))
+    with np.errstate(divide="ignore"):
+        for (name, d), style in zip(every.items(), ("-", "--", "-", "-", "--", "-", "-", ":")):
+            for ax, values in zip(axes, (d.beta, d.abar, np.log10(d.snr))):
+                ax.plot(t, values[1:], style, lw=1.4, label=name)
+            print(f"{name:18}" + "".join(f"{d.snr[s]:12.3g}" for s in (*steps, T)))
+    for ax, title in zip(axes, ("beta", "alpha-bar", "log10 SNR")):
+        ax.set(title=title, xlabel="t")
+        ax.grid(alpha=0.3)
+    axes[0].set(yscale="log")
+    axes[2].set(ylim=(-6, 6))
+    axes[0].legend(fontsize=8)
+    frames = np.stack([np.concatenate([asnumpy(d.q_sample(x0, s, eps)) for s in steps]) for d in every.values()])
+    show(axes[3], frames, [f"t={s}" for s in steps], list(every))
+    keep(figure, args.out / "schedules.png")
+
+
+def bpd(args):
+    """Bits per dimension of test digits, given their labels, with the bound's parts."""
+    model = Model(args.out)
+    images, labels = load_digits(args.data, "t10k")
+    pick = np.random.default_rng(args.seed or 0).permutation(len(images))[:args.count]
+    every = []
+    for rows in tqdm(np.array_split(pick, -(-len(pick) // 50)), "batches of 50 digits"):
+        every.append(model.diffusion.bits_per_dim(model.guided(labels[rows], 1), xp.asarray(images[rows]),
+                                                  np.random.default_rng(rows[0]), model.kind))
+    size = np.array([len(rows) for rows in np.array_split(pick, -(-len(pick) // 50))])
+    prior, steps, decoder, total = (sum(n * part[name] for n, part in zip(size, every)) / size.sum()
+                                    for name in ("prior", "steps", "decoder", "total"))
+    print(f"{len(pick)} test digits: {total:.3f} bits per dimension\n"
+          f"  prior    {prior:.5f}   x_T is not quite noise\n"
+          f"  steps    {steps.sum():.5f}   the model's x0 against the true one, t = 2..{model.diffusion.T}\n"
+          f"  decoder  {decoder:.5f}   from x_1 to bytes")
+    figure, ax = plt.subplots(figsize=(6, 3.6))
+    ax.loglog(np.arange(2, model.diffusion.T + 1), steps, lw=1)
+    ax.plot(1, decoder, "o", label=f"decoder {decoder:.3f}")
+    ax.plot([], [], " ", label=f"steps {steps.sum():.3f}, prior {prior:.5f}")
+    ax.set(xlabel="t", ylabel="bits per dimension of the step to t-1", title=f"{total:.3f} bits per dimension in all")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    keep(figure, args.out / "bpd.png")
+
+
+# ------------------------------------------------------------------------ score: a classifier
+
+def classifier_layout(channels, classes):
+    widths = (channels, 16, 32, 64)
+    return {"stages": [{"conv": td.conv_layout(c, d), "norm": td.norm_layout(d)}
+                       for c, d in zip(widths, widths[1:])], "out": td.linear_layout(widths[-1], classes)}
+
+
+def classify(p, x):
+    """Images (B, H, W, C) -> 64 features each, logits, and back. Three convolutions, the picture
+    halved between them, and the mean over what is left of it."""
+    backs = []
+    for i, stage in enumerate(p.stages):
+        x, down_back = td.down(x) if i else (x, lambda dy: None)
+        x, conv_back = td.conv3x3(stage.conv, x)
+        x, norm_back = td.norm(stage.norm, x)
+        x, silu_back = td.silu(x)
+        backs.append((silu_back, norm_back, conv_back, down_back))
+    B, H, W, C = x.shape
+    features = x.mean((1, 2))
+    logits, out_back = td.linear(p.out, features)
+
+    def back(dlogits, g):
+        dx = xp.broadcast_to(out_back(dlogits, g.out)[:, None, None] / (H * W), x.shape)
+        for (silu_back, norm_back, conv_back, down_back), gs in zip(backs[::-1], g.stages[::-1]):
+            dx = down_back(conv_back(norm_back(silu_back(dx), gs.norm), gs.conv))
+    return features, logits, back
+
+
+def train_classifier(images, labels, epochs=8, batch=100, top_lr=4e-3):
+    """The classifier's parameters after `epochs` of cross-entropy, a Tree."""
+    rng = np.random.default_rng(0)
+    layout = classifier_layout(images.shape[3], int(labels.max()) + 1)
+    p = td.Tree(layout, xp.asarray(td.initial(layout, rng), np.float32))
+    g = td.Tree(layout, xp.zeros_like(p.flat))
+    adam, step, steps = td.Adam(p.flat), 0, epochs * (len(images) // batch)
+    with tqdm(total=steps * batch, desc="training the classifier", unit=" images", unit_scale=True) as bar:
+        for _ in range(epochs):
+            for rows in rng.permutation(len(images))[:steps // epochs * batch].reshape(-1, batch):
+                # Shifted by a pixel at random: 10,000 digits are few.
+                shifted = np.roll(images[rows], rng.integers(-1, 2, 2), (1, 2))
+                g.flat[:] = 0
+                _, logits, back = classify(p, xp.asarray(shifted))
+                e = xp.exp(logits - logits.max(1, keepdims=True))
+                onehot = xp.eye(logits.shape[1], dtype=logits.dtype)[xp.asarray(labels[rows])]
+                back((e / e.sum(1, keepdims=True) - onehot) / batch, g)     # of the mean -log p(label)
+                adam.step(p.flat, g.flat, top_lr * (1 + math.cos(math.pi * step / steps)) / 2)
+                step += 1
+                bar.update(batch)
+    return p
+
+
+def load_classifier(args):
+    """The classifier of DATA: from OUT/classifier.npz, or trained and kept there."""
+    images, labels = load_digits(args.data, "train")
+    images = four(images)
+    path, key = args.out / "classifier.npz", crc(images)
+    layout = classifier_layout(images.shape[3], int(labels.max()) + 1)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["key"]) == key:
+                return td.Tree(layout, xp.asarray(file["params"])), images
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        pass                            # not there, or damaged: made anew in a minute
+    p = train_classifier(images, labels)
+    write(path, lambda temporary: np.savez(temporary, params=asnumpy(p.flat), key=key))
+    return p, images
+
+
+def four(images):
+    """Padded with black to sides that halve twice."""
+    N, H, W, C = images.shape
+    return np.pad(images, ((0, 0), (0, -H % 4), (0, -W % 4), (0, 0)), constant_values=-1)
+
+
+def read(p, images):
+    """What the classifier sees: features (N, 64) and labels (N,), on the host."""
+    every = [classify(p, xp.asarray(part))[:2] for part in np.array_split(images, -(-len(images) // 100))]
+    features, logits = (np.concatenate([asnumpy(a) for a in column]) for column in zip(*every))
+    return features.astype(np.float64), logits.argmax(1)
+
+
+def frechet(a, b):
+    """Frechet distance of the Gaussians fitted to two sets of features (N, 64):
+    |mean - mean'|^2 + tr(C + C' - 2 (C^1/2 C' C^1/2)^1/2)."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ B @ root), 0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
+
+
+def score(args):
+    """Class accuracy and Frechet distance of samples, beside those of as many real digits."""
+    p, images = load_classifier(args)
+    reference = read(p, images)[0]
+    test, test_labels = load_digits(args.data, "t10k")
+    test_features, test_read = read(p, four(test))
+    print(f"the classifier reads {np.mean(test_read == test_labels):.1%} of {len(test):,} test digits as labelled")
+    model = Model(args.out)
+    labels = np.arange(args.count) % model.net.classes
+    rows = [(f"{len(test):,} real test digits", test_features, test_read == test_labels)]
+    wrong = []
+    for w in args.guidance:
+        samples = model.draw(labels, args.seed or 0, guidance=w, **given(args, "sampler", "steps", "eta"))
+        features, seen = read(p, four(samples))
+        rows.append((f"{len(samples):,} samples, w = {w:g}", features, seen == labels))
+        wrong += [(samples[i], f"{labels[i]}, not {seen[i]}") for i in np.flatnonzero(seen != labels)[:10]]
+    print(f"\n{'':28}accuracy   Frechet distance to {len(images):,} training digits")
+    for name, features, right in rows:
+        print(f"{name:28}{right.mean():8.1%}{frechet(reference, features):11.3f}")
+    if wrong:
+        sheet(args.out / "score.png", np.stack([image for image, _ in wrong])[None], [text for _, text in wrong],
+              title="samples that the classifier reads as something else")
+
+
+# --------------------------------------------------------------------------- the command line
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parser():
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+
+    def command(function, *options):
+        sub = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0],
+                                  description=function.__doc__, formatter_class=Formatter)
+        sub.set_defaults(run=function)
+        sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
+                         help="where the checkpoint is and the pictures go")
+        for flag, settings in options:
+            sub.add_argument(flag, **settings)
+
+    def option(flag, help, **settings):
+        return flag, dict(help=help, **settings)
+
+    whole, share = number(int, 1), number(float, 0, 1)
+    data = option("--data", "directory of MNIST, Fashion-MNIST, ... files", type=Path, default=HERE / "data", metavar="DIR")
+    seed = option("--seed", "of the noise", type=number(int, 0), default=0, metavar="N")
+    drawing = [option("--sampler", "ddim, or ddpm", choices=("ddim", "ddpm"), default="ddim"),
+               option("--steps", "calls of the network; without it 50, or with ddpm all", type=whole, metavar="N"),
+               option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share, default=0.0)]
+    command(train, data,
+            option("--steps", f"steps of training (default: {STEPS})", type=whole, metavar="N"),
+            option("--batch", f"images a step (default: {BATCH})", type=whole, metavar="N"),
+            option("--lr", f"highest learning rate (default: {TRAINING['lr']})", type=number(float, 0), metavar="X"),
+            option("--channels", f"of each level (default: {' '.join(map(str, NETWORK['channels']))})",
+                   type=whole, nargs="+", metavar="C"),
+            option("--seed", "of the parameters, the training and the samples (default: 0)",
+                   type=number(int, 0), metavar="N"),
+            option("--fresh", "start over, and replace the checkpoint", action="store_true"))
+    command(sample, *drawing, seed,
+            option("--digits", "which to draw, a column each (default: all)", type=int, nargs="+", metavar="D"),
+            option("--count", "how many images (default: 10 a digit)", type=whole, metavar="N"),
+            option("--guidance", "weight w: 0 ignores the labels, 1 follows them, more insists",
+                   type=float, default=DRAWING["guidance"], metavar="W"),
+            option("--save", "write all images and labels here, .npz", type=Path, metavar="FILE"))
+    command(speed, seed)
+    command(guidance, seed)
+    command(score, data, *drawing, seed,
+            option("--count", "samples of each", type=number(int, 100), default=1000, metavar="N"),
+            option("--guidance", "weights to score", type=float, nargs="+", default=[1.0, DRAWING["guidance"]],
+                   metavar="W"))
+    command(bpd, data, seed, option("--count", "test digits", type=whole, default=100, metavar="N"))
+    command(forward, data, seed,
+            option("--digit", "which digit to show", type=int, default=8, metavar="D"),
+            option("--schedule", "of the noise", choices=list(td.SCHEDULES), default="linear"))
+    command(schedules, data, seed)
+    command(download,
+            option("--data", "directory to fill", type=Path, default=HERE / "mnist", metavar="DIR"),
+            option("--url", "where the four .gz files are", default=MNIST_URL))
+    return top, commands.choices
+
+
+def main(words):
+    top, commands = parser()
+    if not words or words[0] not in (*commands, "-h", "--help"):
+        words = ["train", *words]           # plain `python demo.py` trains
+    args = top.parse_args(words)
+    try:
+        args.run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"demo.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

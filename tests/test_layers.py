@@ -1,0 +1,433 @@
+"""The layers: their values against plain loops, their gradients two ways.
+
+Finite differences are tinyddpm's own check. The second way shares nothing with it: the complex
+step. f(x + i h u) = f(x) + i h f'(x) u + O(h^2), so with h = 1e-30 the imaginary part over h is
+the directional derivative, without cancellation, to the last digits of float64.
+"""
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import tinyddpm as td
+
+pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
+SOURCE = Path(td.__file__)
+
+
+# ------------------------------------------------------------------- every layer in one form
+
+class Shape(NamedTuple):
+    B: int = 2
+    H: int = 3
+    W: int = 4
+    C: int = 4
+    D: int = 6
+    heads: int = 2
+
+
+def shapes(*largest):
+    """Shapes of sizes from 1 to the largest given, and the defaults for the rest."""
+    return st.tuples(*[st.integers(1, n) for n in largest]).map(lambda sizes: Shape(*sizes))
+
+
+SHAPES = shapes(3, 4, 4, 5, 4, 3)
+
+
+def free(layer, *options):
+    """A layer without parameters, called as if it had some."""
+    def with_parameters(p, *inputs):
+        y, back = layer(*inputs, *options)
+        return y, lambda dy, g: back(dy)
+    return with_parameters
+
+
+def moved(layer, back_layer):
+    """fold and unfold: each is the other's back."""
+    return lambda p, x: (layer(x), lambda dy, g: back_layer(dy))
+
+
+def block(p, x, emb):
+    y, back = td.res_block(p, x, emb, 0, None)
+
+    def back_both(dy, g):
+        demb = td.xp.zeros_like(emb)
+        return back(dy, g, demb), demb
+    return y, back_both
+
+
+def embed_of(s):
+    t, labels = 100 * td.xp.arange(1, s.B + 1), td.xp.arange(s.B)[::-1]
+    layout = {"time1": td.linear_layout(4, s.D), "time2": td.linear_layout(s.D, s.D),
+              "label": ((s.B, s.D), 1)}
+    return lambda p: td.embed(p, t, labels), layout, []
+
+
+def dropped(p, x):
+    return free(td.dropout, 0.3, np.random.default_rng(1))(p, x)
+
+
+# name: for a Shape, layer(p, *inputs) -> y, back(dy, g); its layout; the shapes of its inputs
+CASES = {
+    "silu": lambda s: (free(td.silu), {}, [(s.B, s.H, s.W, s.C)]),
+    "linear": lambda s: (td.linear, td.linear_layout(s.C, s.D), [(s.B, s.H, s.W, s.C)]),
+    "linear, rows": lambda s: (td.linear, td.linear_layout(s.C, s.D), [(s.B, s.C)]),
+    "conv3x3": lambda s: (td.conv3x3, td.conv_layout(s.C, s.D), [(s.B, s.H, s.W, s.C)]),
+    "group_norm": lambda s: (free(td.group_norm, 2), {},
+                             [(s.B, s.H, s.W, 2 * s.C), (s.B, 2 * s.C), (s.B, 2 * s.C)]),
+    "norm": lambda s: (td.norm, td.norm_layout(s.C), [(s.B, s.H, s.W, s.C)]),
+    "dropout": lambda s: (dropped, {}, [(s.B, s.H, s.W, s.C)]),
+    "fold": lambda s: (moved(td.fold, td.unfold), {}, [(s.B, 2 * s.H, 2 * s.W, s.C)]),
+    "unfold": lambda s: (moved(td.unfold, td.fold), {}, [(s.B, s.H, s.W, 4 * s.C)]),
+    "down": lambda s: (free(td.down), {}, [(s.B, 2 * s.H, 2 * s.W, s.C)]),
+    "up": lambda s: (free(td.up), {}, [(s.B, s.H, s.W, s.C)]),
+    "attention": lambda s: (lambda p, x: td.attention(p, x, s.heads),
+                            td.block_layout(1, s.C * s.heads, 1, True)["attention"],
+                            [(s.B, s.H, s.W, s.C * s.heads)]),
+    "embed": embed_of,
+    "res_block": lambda s: (block, td.block_layout(s.C, s.D, 3, False),
+                            [(s.B, s.H, s.W, s.C), (s.B, 3)]),
+}
+every_layer = pytest.mark.parametrize("name", CASES)
+
+
+def random_tree(layout, rng, dtype=np.float64):
+    size = sum(math.prod(shape) for shape, _ in td.leaves(layout))
+    return td.Tree(layout, td.normal(rng, size, dtype))
+
+
+def build(name, shape=Shape(), dtype=np.float64):
+    """A layer with random parameters and inputs: layer, p, inputs, and an empty g."""
+    rng = np.random.default_rng(0)
+    layer, layout, sizes = CASES[name](shape)
+    p = random_tree(layout, rng, dtype)
+    inputs = [td.normal(rng, size, dtype) for size in sizes]
+    return layer, p, inputs, td.Tree(layout, td.xp.zeros_like(p.flat))
+
+
+def run_back(back, dy, g):
+    """The gradients of the inputs as a tuple, however many there are."""
+    dinputs = back(dy, g)
+    return dinputs if isinstance(dinputs, tuple) else () if dinputs is None else (dinputs,)
+
+
+def close(a, b, tolerance=1e-11):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# -------------------------------------------------------------- the layers again, as loops
+
+def slow_linear(p, x):
+    y = np.zeros((*x.shape[:-1], p.w.shape[1]))
+    for place in np.ndindex(x.shape[:-1]):
+        for d in range(p.w.shape[1]):
+            y[*place, d] = sum(x[*place, c] * p.w[c, d] for c in range(x.shape[-1])) + p.b[d]
+    return y
+
+
+def slow_conv(p, x):
+    B, H, W, C = x.shape
+    y = np.zeros((B, H, W, p.w.shape[3])) + p.b
+    for b in range(B):
+        for i in range(H):
+            for j in range(W):
+                for di in range(3):
+                    for dj in range(3):
+                        for c in range(C):
+                            u, v = i + di - 1, j + dj - 1
+                            if 0 <= u < H and 0 <= v < W:
+                                y[b, i, j] += x[b, u, v, c] * p.w[di, dj, c]
+    return y
+
+
+def slow_group_norm(x, scale, shift, groups):
+    y, size = np.zeros_like(x), x.shape[3] // groups
+    for b in range(len(x)):
+        for part in (slice(k * size, (k + 1) * size) for k in range(groups)):
+            group = x[b, :, :, part]
+            y[b, :, :, part] = (group - group.mean()) / (group.var() + 1e-5) ** 0.5
+    return y * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def slow_norm(p, x):
+    one = np.ones((len(x), 1))
+    return slow_group_norm(x, one * p.scale, one * p.shift, math.gcd(8, x.shape[3]))
+
+
+def slow_silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def slow_attention(p, x, heads):
+    """Columns of qkv: all of q, then of k, then of v; in each, head after head."""
+    B, H, W, C = x.shape
+    size, y = C // heads, np.zeros((B, H * W, C))
+    qkv = slow_linear(p.qkv, slow_norm(p.norm, x)).reshape(B, H * W, 3 * C)
+    for b in range(B):
+        for head in range(heads):
+            mine = np.arange(head * size, (head + 1) * size)
+            q, k, v = (qkv[b][:, part * C + mine] for part in range(3))
+            for i in range(H * W):
+                weight = np.array([math.exp(q[i] @ k[j] / size ** 0.5) for j in range(H * W)])
+                y[b, i, mine] = weight / weight.sum() @ v
+    return x + slow_linear(p.out, y.reshape(x.shape))
+
+
+def slow_res_block(p, x, emb):
+    h = slow_conv(p.conv1, slow_silu(slow_norm(p.norm1, x)))
+    scale, shift = np.split(slow_linear(p.film, emb), 2, axis=1)
+    h = slow_group_norm(h, scale, shift, math.gcd(8, h.shape[3]))
+    return slow_conv(p.conv2, slow_silu(h)) + (slow_linear(p.skip, x) if hasattr(p, "skip") else x)
+
+
+SLOW = {"silu": lambda p, x: slow_silu(x), "linear": slow_linear, "linear, rows": slow_linear,
+        "conv3x3": slow_conv, "norm": slow_norm, "res_block": slow_res_block,
+        "group_norm": lambda p, *inputs: slow_group_norm(*inputs, 2)}
+
+
+# ------------------------------------------------------------------------------------ values
+
+@pytest.mark.parametrize("name", SLOW)
+@settings(max_examples=15)
+@given(shape=SHAPES)
+def test_value_is_that_of_the_loop(name, shape):
+    layer, p, inputs, _ = build(name, shape)
+    close(layer(p, *inputs)[0], SLOW[name](p, *inputs))
+
+
+@settings(max_examples=15)
+@given(shape=SHAPES)
+def test_attention_is_a_weighted_mean_in_each_head(shape):
+    layer, p, (x,), _ = build("attention", shape)
+    close(layer(p, x)[0], slow_attention(p, x, shape.heads))
+
+
+def test_attention_weights_survive_large_logits():
+    """exp(1000) overflows; the softmax must not."""
+    layer, p, (x,), _ = build("attention")
+    p.qkv.w *= 1000
+    with np.errstate(over="raise", invalid="raise"):
+        assert np.isfinite(layer(p, x)[0]).all()
+
+
+def test_silu_does_not_overflow():
+    with np.errstate(over="raise", invalid="raise"):
+        y, back = td.silu(np.array([-1e4, 0.0, 1e4]))
+        close(y, [0, 0, 1e4])
+        close(back(np.ones(3)), [0, 0.5, 1])
+
+
+@pytest.mark.parametrize("C, groups", [(1, 1), (4, 4), (6, 2), (8, 8), (12, 4), (16, 8), (24, 8)])
+def test_group_norm_takes_the_greatest_common_divisor(C, groups):
+    """Eight groups where eight divides the channels, else the most that do of 8's divisors."""
+    x, zero = np.random.default_rng(0).standard_normal((2, 3, 3, C)), np.zeros((2, C))
+    close(td.group_norm(x, zero, zero)[0], slow_group_norm(x, zero, zero, groups))
+
+
+@given(shape=SHAPES)
+def test_fold_puts_four_pixels_into_one(shape):
+    """Channels of the folded picture: upper left, upper right, lower left, lower right."""
+    _, _, (x,), _ = build("fold", shape)
+    y, C = td.fold(x), shape.C
+    for i, j in np.ndindex(2, 2):
+        k = 2 * i + j
+        assert np.array_equal(y[..., k * C:(k + 1) * C], x[:, i::2, j::2])
+    assert np.array_equal(td.unfold(y), x)
+
+
+@given(shape=SHAPES)
+def test_down_is_the_mean_and_up_repeats(shape):
+    _, _, (x,), _ = build("down", shape)
+    y = td.down(x)[0]
+    for b, i, j, c in np.ndindex(y.shape):
+        close(y[b, i, j, c], x[b, 2 * i:2 * i + 2, 2 * j:2 * j + 2, c].mean())
+    assert np.array_equal(td.up(y)[0], y.repeat(2, axis=1).repeat(2, axis=2))
+
+
+@pytest.mark.parametrize("E", [4, 6, 32])
+def test_sinusoids(E):
+    """First a sine of the step itself, at last a cosine of a ten-thousandth of it."""
+    t = np.array([0, 1, 17, 1000])
+    y, half = td.sinusoids(t, E), E // 2
+    assert y.shape == (4, E)
+    for i, step in enumerate(t):
+        for k in range(half):
+            angle = step / 10000 ** (k / (half - 1))
+            close([y[i, k], y[i, half + k]], [math.sin(angle), math.cos(angle)])
+
+
+def test_embed():
+    """silu(linear(silu(linear(sinusoids))) + the label's row); without labels, no row."""
+    rng, t, labels = np.random.default_rng(0), np.array([1, 50, 999]), np.array([2, 0, 2])
+    p = random_tree(embed_of(Shape(B=3, D=5))[1], rng)
+    h = slow_linear(p.time2, slow_silu(slow_linear(p.time1, td.sinusoids(t, 4))))
+    close(td.embed(p, t, labels)[0], slow_silu(h + p.label[labels]))
+    close(td.embed(p, t, None)[0], slow_silu(h))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
+    n = 100_000
+    y, back = td.dropout(np.ones((n, 1)), rate, np.random.default_rng(0))
+    assert set(np.unique(y)) == {0, 1 / (1 - rate)}
+    assert abs((y == 0).mean() - rate) < 5 * (rate * (1 - rate) / n) ** 0.5     # 5 deviations
+    assert np.array_equal(back(np.ones((n, 1))), y)     # the same ones come back, scaled alike
+
+
+@pytest.mark.parametrize("rate, rng", [(0.5, None), (0, np.random.default_rng(0))])
+def test_dropout_off(rate, rng):
+    x = np.random.default_rng(0).standard_normal((2, 3))
+    y, back = td.dropout(x, rate, rng)
+    assert np.array_equal(y, x) and np.array_equal(back(x), x)
+
+
+# --------------------------------------------------------------------------------- gradients
+
+def complex_step(layer, p, inputs, dp, dinputs, h=1e-30):
+    """How the layer's value changes along (dp, dinputs)."""
+    shifted = td.Tree(p.layout, p.flat + 1j * h * dp)
+    return layer(shifted, *[x + 1j * h * dx for x, dx in zip(inputs, dinputs)])[0].imag / h
+
+
+@every_layer
+@settings(max_examples=20)
+@given(shape=SHAPES)
+def test_back_is_the_adjoint_of_the_derivative(name, shape):
+    """<c, J u> = <J^T c, u> for random c and u: J u by the complex step, J^T c by back."""
+    layer, p, inputs, g = build(name, shape)
+    rng = np.random.default_rng(1)
+    y, back = layer(p, *inputs)
+    c, dp = rng.standard_normal(y.shape), rng.standard_normal(p.flat.shape)
+    dinputs = [rng.standard_normal(x.shape) for x in inputs]
+    forward = c * complex_step(layer, p, inputs, dp, dinputs)
+    gradients = run_back(back, c, g)
+    backward = g.flat @ dp + sum((dx * a).sum() for dx, a in zip(gradients, dinputs))
+    assert abs(forward.sum() - backward) <= 1e-12 * (100 + abs(forward).sum())
+
+
+@every_layer
+@pytest.mark.parametrize("shape", [Shape(), Shape(1, 5, 1, 3, 2, 1), Shape(3, 2, 3, 2, 1, 4)])
+def test_finite_differences(name, shape):
+    layer, p, inputs, _ = build(name, shape)
+    errors = dict(td.gradient_errors(layer, p, inputs))
+    assert len(errors) == len(inputs) + len(p.layout)           # every gradient has its row
+    assert all(error <= 1e-6 for error in errors.values()), errors
+
+
+def test_gradient_table_is_whole_and_right():
+    rows = list(td.gradient_table())
+    assert {layer for layer, _, _ in rows} >= {name for name in CASES if "," not in name}
+    assert any("U-Net" in layer for layer, _, _ in rows)
+    assert not [row for row in rows if not row[2] <= 1e-6]
+
+
+def wrong_input(p, x):
+    y, back = td.linear(p, x)
+    return y, lambda dy, g: 1.01 * back(dy, g)
+
+
+def wrong_weight(p, x):
+    y, back = td.linear(p, x)
+
+    def half(dy, g):
+        dx = back(dy, g)
+        g.w /= 2
+        return dx
+    return y, half
+
+
+def nothing_added(p, x):
+    y, back = td.linear(p, x)
+    return y, lambda dy, g: back(dy, td.Tree(g.layout, g.flat.copy()))
+
+
+def not_a_number(p, x):
+    y, back = td.linear(p, x)
+    return y, lambda dy, g: np.nan * back(dy, g)
+
+
+@pytest.mark.parametrize("layer, wrong, error", [
+    (wrong_input, {"input 1"}, 0.01), (wrong_weight, {"w"}, 0.5),
+    (nothing_added, {"w", "b"}, 1), (not_a_number, {"input 1"}, math.nan)])
+def test_the_check_finds_a_wrong_back(layer, wrong, error):
+    """And it names the gradient that is wrong, and no other."""
+    _, p, inputs, _ = build("linear")
+    errors = dict(td.gradient_errors(layer, p, inputs))
+    assert {name for name, e in errors.items() if not e <= 1e-6} == wrong
+    for name in wrong:
+        np.testing.assert_allclose(errors[name], error, rtol=1e-4)
+
+
+BROKEN = """
+def silu(x, right=silu):
+    y, back = right(x)
+    return y, lambda dy: {} * back(dy)
+
+if __name__ == "__main__":"""
+
+
+@pytest.mark.parametrize("factor, passes", [("1", True), ("1.0001", False), ("math.nan", False)])
+def test_the_script_fails_where_a_layer_is_wrong(factor, passes, tmp_path):
+    """`python tinyddpm.py`, in a copy where silu's gradient is off by a factor."""
+    start = '\nif __name__ == "__main__":'
+    text = SOURCE.read_text()
+    assert text.count(start) == 1
+    copy = tmp_path / "copy.py"
+    copy.write_text(text.replace(start, BROKEN.format(factor)))
+    ran = subprocess.run([sys.executable, copy], capture_output=True, text=True)
+    assert (ran.returncode == 0) is passes, ran.stderr
+    assert ("WRONG" in ran.stdout) is not passes
+
+
+# ---------------------------------------------------------------------------- good manners
+
+@every_layer
+def test_layers_are_pure_and_add_to_g(name):
+    """No layer changes its inputs, its parameters or the dy it is given; called again, back
+    returns the same once more and adds the same once more."""
+    layer, p, inputs, g = build(name)
+    y, back = layer(p, *inputs)
+    dy = np.random.default_rng(2).standard_normal(y.shape)
+    held = [p.flat, *inputs, y, dy]
+    before = [a.copy() for a in held]
+    first = run_back(back, dy, g)
+    once = g.flat.copy()
+    again = run_back(back, dy, g)
+    for a, b in zip([*held, *again], [*before, *first]):
+        assert np.array_equal(a, b)
+    assert np.array_equal(g.flat, 2 * once)
+    assert np.all(once) or not once.size                # it added to every one of them
+
+
+def test_res_block_adds_to_demb():
+    """The embedding feeds every block, so each adds its part."""
+    _, p, (x, emb), g = build("res_block")
+    y, back = td.res_block(p, x, emb, 0, None)
+    fresh, used = np.zeros_like(emb), np.ones_like(emb)
+    back(y, g, fresh)
+    back(y, g, used)
+    assert np.all(fresh)
+    close(used, 1 + fresh)
+
+
+def test_res_block_drops_out_before_its_last_product():
+    """With everything dropped but conv2's bias, what is left is the bias beside x."""
+    _, p, (x, emb), g = build("res_block", Shape(C=6, D=6))
+    y, back = td.res_block(p, x, emb, 1 - 1e-12, np.random.default_rng(0))
+    close(y, x + p.conv2.b)
+    assert np.array_equal(back(y, g, np.zeros_like(emb)), y)    # nothing but the skip is left
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_type_in_is_type_out(name, dtype):
+    layer, p, inputs, g = build(name, dtype=dtype)
+    y, back = layer(p, *inputs)
+    gradients = run_back(back, td.xp.ones_like(y), g)
+    assert {a.dtype for a in (y, g.flat, *gradients)} == {np.dtype(dtype)}
+    assert [a.shape for a in gradients] == [a.shape for a in inputs]

@@ -1,0 +1,487 @@
+"""The samplers and guidance, without a trained network.
+
+For data x0 ~ N(m, s^2) the best prediction is known, and it is affine in x_t. So is then every
+step of a sampler: x_s = slope x_t + offset + noise z. A recursion over these three, from the
+papers' formulae, gives the exact mean and deviation at the end. The sampler's own numbers are
+read off with a stub Generator whose k-th draw is 1 in one row of the batch and 0 elsewhere.
+"""
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from tinyddpm import (Diffusion, ddim, ddpm, dynamic_threshold, guided, linear_betas, sample,
+                      timesteps, zero_terminal_snr)
+
+KINDS = ("eps", "x0", "v")
+SPACINGS = ("trailing", "leading", "linspace")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def abar_of(betas):
+    return np.append(1, np.cumprod(1 - np.asarray(betas)))
+
+
+# The papers' steps, as factors (of x_t, of eps, of z), written with eps, as the papers do; the
+# code goes by way of x0.
+
+def algorithm_2(abar, abar_s, variance):
+    """DDPM Algorithm 2, with beta = 1 - abar/abar_s where steps are left out."""
+    alpha = abar / abar_s
+    beta = 1 - alpha
+    var = beta if variance == "large" else (1 - abar_s) / (1 - abar) * beta
+    return alpha ** -0.5, -beta / (1 - abar) ** 0.5 / alpha ** 0.5, var ** 0.5 * (abar_s < 1)
+
+
+def equation_12(abar, abar_s, eta):
+    """DDIM eq. 12, with the sigma of eq. 16."""
+    sigma = eta * ((1 - abar_s) / (1 - abar)) ** 0.5 * (1 - abar / abar_s) ** 0.5
+    of_x = (abar_s / abar) ** 0.5
+    return of_x, (1 - abar_s - sigma ** 2) ** 0.5 - of_x * (1 - abar) ** 0.5, sigma
+
+
+SAMPLERS = {
+    "ddpm small": (partial(ddpm, variance="small"), partial(algorithm_2, variance="small")),
+    "ddpm large": (partial(ddpm, variance="large"), partial(algorithm_2, variance="large")),
+    "ddim eta=0": (partial(ddim, eta=0.0), partial(equation_12, eta=0.0)),
+    "ddim eta=.4": (partial(ddim, eta=0.4), partial(equation_12, eta=0.4)),
+    "ddim eta=1": (partial(ddim, eta=1.0), partial(equation_12, eta=1.0)),
+}
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def best_eps(abar, m, s):
+    """(slope, offset) of E[eps | x_t] for x0 ~ N(m, s^2). eps and x_t are jointly Gaussian, so
+    it is cov / var (x_t - mean of x_t)."""
+    slope = (1 - abar) ** 0.5 / (abar * s ** 2 + 1 - abar)
+    return slope, -slope * abar ** 0.5 * m
+
+
+def best_model(betas, m, s, kind):
+    """The model that knows that x0 ~ N(m, s^2)."""
+    abars = abar_of(betas)
+
+    def model(x, t):
+        abar = abars[t].reshape(-1, 1)
+        slope, offset = best_eps(abar, m, s)
+        eps = slope * x + offset
+        x0 = (x - (1 - abar) ** 0.5 * eps) / abar ** 0.5
+        return {"eps": eps, "x0": x0, "v": abar ** 0.5 * eps - (1 - abar) ** 0.5 * x0}[kind]
+    return model
+
+
+def recursion(betas, route, factors, m, s, mean, std):
+    """Mean and deviation at the end of the route, from those at its start."""
+    abars, var = abar_of(betas), std ** 2
+    for t, to in zip(route, [*route[1:], 0]):
+        of_x, of_eps, of_z = factors(abars[t], abars[to])
+        slope, offset = best_eps(abars[t], m, s)
+        step = of_x + of_eps * slope
+        mean, var = step * mean + of_eps * offset, step ** 2 * var + of_z ** 2
+    return mean, var ** 0.5
+
+
+class Impulses:
+    """Stands in for a Generator: draw k is 1 in row 2 + k of the batch, and 0 elsewhere."""
+    draws = 0
+
+    def standard_normal(self, shape, dtype):
+        z = np.zeros(shape, dtype)
+        z[2 + self.draws] = 1
+        self.draws += 1
+        return z
+
+
+def measured(sampler, model, betas, steps, mean, std, **options):
+    """Mean and deviation that a sampler gives x ~ N(mean, std^2), exactly. Row 0 starts at 0
+    and shows the offset, row 1 starts at 1 and shows the slope, each other row one draw."""
+    count = steps if isinstance(steps, int) else len(steps)
+    x = np.zeros((count + 2, 1))
+    x[1] = 1
+    end = sample(sampler(model, Diffusion(betas), x, Impulses(), steps=steps, clip=None,
+                         **options))
+    offset = end[0, 0]
+    slope, *kicks = end[1:, 0] - offset
+    return offset + slope * mean, ((slope * std) ** 2 + np.sum(np.square(kicks))) ** 0.5
+
+
+@st.composite
+def betas_and_route(draw):
+    """A short schedule and some of its steps, descending."""
+    betas = draw(st.lists(st.floats(1e-3, 0.5), min_size=1, max_size=10))
+    route = draw(st.sets(st.integers(1, len(betas)), min_size=1))
+    return np.array(betas), sorted(route, reverse=True)
+
+
+def squash(x, t):
+    """A model that is neither right nor linear."""
+    return np.tanh(2 * x + 0.1 * t.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+def run(sampler, model=squash, betas=linear_betas(10, 0.05, 0.3), **options):
+    """All (t, x_t) that a sampler yields, from one start, with one seed."""
+    x = np.random.default_rng(1).standard_normal((2, 3))
+    return list(sampler(model, Diffusion(betas), x, np.random.default_rng(2), **options))
+
+
+def same(a, b, rtol=1e-10, atol=1e-10):
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def refused(given_text, function, *args, **kwargs):
+    """The call is a ValueError, and its message repeats what was given."""
+    with pytest.raises(ValueError, match=re.escape(given_text)):
+        function(*args, **kwargs)
+
+
+# -------------------------------------------------------------------- the exact Gaussian check
+
+@every_sampler
+@every_kind
+@given(schedule=betas_and_route(), m=st.floats(-1, 1), s=st.floats(0.1, 2))
+def test_every_sampler_follows_its_paper(name, kind, schedule, m, s):
+    """For any schedule, any steps of it, any Gaussian data and any start."""
+    (sampler, factors), (betas, route) = SAMPLERS[name], schedule
+    model = best_model(betas, m, s, kind)
+    same(measured(sampler, model, betas, route, 0.3, 0.8, kind=kind),
+         recursion(betas, route, factors, m, s, 0.3, 0.8))
+
+
+@every_sampler
+@every_kind
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_sampler_follows_its_paper_with_spacings(name, kind, spacing):
+    """The step before t is the next of the steps used, not t - T//N."""
+    sampler, factors = SAMPLERS[name]
+    betas, route = linear_betas(1000), timesteps(1000, 7, spacing)
+    model = best_model(betas, 0.2, 0.5, kind)
+    same(measured(sampler, model, betas, 7, 0, 1, kind=kind, spacing=spacing),
+         recursion(betas, route, factors, 0.2, 0.5, 0, 1))
+
+
+@pytest.mark.parametrize("name, steps, std", [
+    ("ddim eta=0", 10, 0.3700), ("ddim eta=0", 20, 0.4314), ("ddim eta=0", 50, 0.4714),
+    ("ddim eta=0", 100, 0.4854), ("ddpm small", 1000, 0.4961), ("ddpm large", 1000, 0.5008)])
+def test_known_deviations(name, steps, std):
+    """Data of deviation .5, linear betas: where each sampler really ends. Being nearer to .5
+    would be a fault."""
+    sampler, factors = SAMPLERS[name]
+    betas, route = linear_betas(1000), timesteps(1000, steps)
+    expected = recursion(betas, route, factors, 0, 0.5, 0, 1)
+    assert round(expected[1], 4) == std
+    same(measured(sampler, best_model(betas, 0, 0.5, "eps"), betas, steps, 0, 1), expected)
+
+
+@every_kind
+@given(schedule=betas_and_route())
+def test_ddim_at_eta_1_is_ddpm(kind, schedule):
+    """The same mean and variance at every step, so the same x from the same noise; with a
+    wrong, nonlinear model and clipping too."""
+    betas, route = schedule
+    for (t, x), (t_too, x_too) in zip(
+            run(partial(ddim, eta=1.0), betas=betas, steps=route, kind=kind),
+            run(ddpm, betas=betas, steps=route, kind=kind), strict=True):
+        assert t == t_too
+        same(x, x_too, rtol=1e-8)
+
+
+# --------------------------------------------------------------------------- zero terminal SNR
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_from_zero_snr_ddim_keeps_x_as_eps(eta):
+    """At abar = 0, eps is x itself: x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) x +
+    sigma z, with sigma = eta sqrt(1 - abar_s)."""
+    betas = zero_terminal_snr(linear_betas(10, 0.05, 0.3))
+    abar_s, x0 = abar_of(betas)[4], np.full((2, 1), 0.7)
+    x = np.array([[0.0], [2.0]])
+    noise = np.random.default_rng(0).standard_normal((2, 1)) * eta * (1 - abar_s) ** 0.5
+    _, got = next(ddim(lambda x, t: x0, Diffusion(betas), x, np.random.default_rng(0),
+                       steps=[10, 4], eta=eta, kind="x0"))
+    same(got - noise, abar_s ** 0.5 * x0 + ((1 - abar_s) * (1 - eta ** 2)) ** 0.5 * x)
+
+
+ETA_1 = pytest.param(partial(ddim, eta=1.0), id="ddim eta=1")
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ETA_1])
+def test_from_zero_snr_all_noise_is_fresh(sampler):
+    """DDPM, and DDIM at eta = 1, forget an x that says nothing of x0, for any step back."""
+    betas = zero_terminal_snr(linear_betas(60))
+    for s in range(1, 60):
+        x0, x = np.full((2, 1), 0.7), np.array([[0.0], [2.0]])
+        _, got = next(sampler(lambda x, t: x0, Diffusion(betas), x, np.random.default_rng(0),
+                              steps=[60, s], kind="x0"))
+        abar_s = abar_of(betas)[s]
+        z = np.random.default_rng(0).standard_normal((2, 1))
+        # An abar off by 1e-16 leaves 1e-8 of x, its root.
+        same(got, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * z, atol=1e-7)
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim])
+def test_zero_snr_refuses_eps_models(sampler):
+    refused("zero SNR", run, sampler, betas=zero_terminal_snr([0.1, 0.2, 0.3]), steps=3)
+
+
+# ------------------------------------------------------------------------------------ the walk
+
+@every_sampler
+@pytest.mark.parametrize("steps, times", [
+    (5, [8, 6, 4, 2, 0]), (10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]), (1, [0]), (np.int64(2), [5, 0]),
+    ([9, 4, 1], [4, 1, 0]), (np.array([3]), [0])])
+def test_yields_the_time_arrived_at(name, steps, times):
+    """One yield a step, the last of t = 0. The model is asked once a step, at the time left."""
+    asked = []
+
+    def model(x, t):
+        asked.append(t)
+        return squash(x, t)
+    yielded = run(SAMPLERS[name][0], model, steps=steps)
+    assert [t for t, _ in yielded] == times
+    assert all(x.shape == (2, 3) for _, x in yielded)
+    start = steps[0] if np.ndim(steps) else 10
+    assert [list(t) for t in asked] == [[t, t] for t in [start, *times[:-1]]]
+    assert all(t.dtype.kind == "i" for t in asked)
+
+
+def test_ddpm_takes_all_steps_unless_told():
+    assert [t for t, _ in run(ddpm)] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_samplers_take_the_spacing_asked_for(spacing):
+    expected = [*timesteps(10, 3, spacing)[1:], 0]
+    for sampler in (ddpm, ddim):
+        assert [t for t, _ in run(sampler, steps=3, spacing=spacing)] == expected
+
+
+@every_sampler
+def test_a_sampler_does_no_more_than_it_is_asked_for(name):
+    """It is a generator: a caller who stops has paid for the steps taken, and no others."""
+    calls = []
+
+    def model(x, t):
+        calls.append(t)
+        return x
+    walk = SAMPLERS[name][0](model, Diffusion(linear_betas(10)), np.zeros((2, 1)),
+                             np.random.default_rng(0), steps=10)
+    assert calls == []
+    next(walk), next(walk)
+    assert len(calls) == 2
+
+
+@every_sampler
+def test_the_start_is_left_as_it_was(name):
+    d, x = Diffusion([0.1, 0.2]), np.ones((2, 1))
+    sample(SAMPLERS[name][0](squash, d, x, np.random.default_rng(0), steps=2))
+    assert np.array_equal(x, np.ones((2, 1)))
+
+
+def test_sample_returns_the_last():
+    assert sample(iter([(2, "x_2"), (1, "x_1"), (0, "x_0")])) == "x_0"
+    assert np.array_equal(sample(iter(run(ddpm))), run(ddpm)[-1][1])
+
+
+@every_sampler
+@every_kind
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_types_stay(name, kind, dtype):
+    x = np.ones((2, 3), dtype)
+    walk = SAMPLERS[name][0](lambda x, t: x / 2, Diffusion(linear_betas(5)), x,
+                             np.random.default_rng(0), steps=5, kind=kind)
+    assert [x.dtype for _, x in walk] == [dtype] * 5
+
+
+@every_sampler
+@pytest.mark.parametrize("steps", [1, 5, [7, 2]])
+def test_the_last_step_lands_on_x0_exactly(name, steps):
+    """abar_0 = 1: all of x_0 is the model's x0, to the last bit."""
+    x0 = np.random.default_rng(3).uniform(-1, 1, (2, 3))
+    _, end = run(SAMPLERS[name][0], lambda x, t: x0, steps=steps, kind="x0")[-1]
+    assert np.array_equal(end, x0)
+
+
+@pytest.mark.parametrize("name, draws", [
+    ("ddpm small", 4), ("ddpm large", 4), ("ddim eta=0", 0), ("ddim eta=.4", 4),
+    ("ddim eta=1", 4)])
+def test_no_noise_at_the_last_step(name, draws):
+    """Five steps draw noise four times; without eta, never."""
+    d, x, rng = Diffusion(linear_betas(10)), np.zeros((7, 1)), Impulses()
+    sample(SAMPLERS[name][0](squash, d, x, rng, steps=5))
+    assert rng.draws == draws
+
+
+def test_ddim_needs_a_rng_only_for_noise():
+    d, x = Diffusion(linear_betas(10)), np.ones((2, 1))
+    assert np.array_equal(sample(ddim(squash, d, x, steps=5)),
+                          sample(ddim(squash, d, x, np.random.default_rng(0), steps=5)))
+    refused("rng is None", ddim, squash, d, x, steps=5, eta=0.1)
+
+
+# ------------------------------------------------------------------------------------ clipping
+
+def test_ddim_derives_eps_again_from_the_clipped_x0():
+    """A model far off: its x0 is clipped, and eps has to be the one that with it makes x_t.
+    Keeping the eps predicted is the usual fault; the test's numbers tell the two apart."""
+    betas = linear_betas(10, 0.05, 0.3)
+    abar, abar_s = abar_of(betas)[[10, 6]]
+    x, eps = np.array([[0.5], [-0.2]]), np.array([[3.0], [-4.0]])
+    x0 = np.clip((x - (1 - abar) ** 0.5 * eps) / abar ** 0.5, -1, 1)
+    assert np.all(np.abs(x0) == 1)
+    eps_again = (x - abar ** 0.5 * x0) / (1 - abar) ** 0.5
+    _, got = next(ddim(lambda x, t: eps, Diffusion(betas), x, steps=[10, 6]))
+    same(got, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * eps_again)
+    assert np.abs(got - (abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * eps)).min() > 1
+
+
+def test_ddpm_puts_the_clipped_x0_in_the_posterior():
+    """DDPM eq. 7, with its two coefficients as printed, for one step back from t = 10."""
+    betas = linear_betas(10, 0.05, 0.3)
+    abar, abar_s, beta = *abar_of(betas)[[10, 9]], betas[9]
+    x, rng = np.array([[0.5], [-0.2]]), np.random.default_rng(0)
+    _, got = next(ddpm(lambda x, t: 9 * np.sign(x), Diffusion(betas), x, rng, kind="x0"))
+    of_x0 = abar_s ** 0.5 * beta / (1 - abar)
+    of_x = (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
+    z = np.random.default_rng(0).standard_normal((2, 1))
+    same(got, of_x0 * np.sign(x) + of_x * x + ((1 - abar_s) / (1 - abar) * beta) ** 0.5 * z)
+
+
+@pytest.mark.parametrize("clip, end", [
+    (None, [3, -9, 0.5]), ((-1, 1), [1, -1, 0.5]), ((-2, 4), [3, -2, 0.5]),
+    (lambda x0: x0 / 2, [1.5, -4.5, 0.25])], ids=["None", "(-1, 1)", "(-2, 4)", "function"])
+@every_sampler
+def test_clip_may_be_none_bounds_or_a_function(name, clip, end):
+    """The last step shows it: x_0 is x0 as it was clipped."""
+    x0 = np.array([[3, -9, 0.5]] * 2)
+    _, got = run(SAMPLERS[name][0], lambda x, t: x0, steps=3, kind="x0", clip=clip)[-1]
+    same(got, [end] * 2)
+
+
+@given(seed=st.integers(0, 999), size=st.floats(0.1, 10), share=st.floats(0.5, 1))
+def test_dynamic_threshold(seed, size, share):
+    """Imagen: nothing passes 1; images within [-1, 1] stay as they are; in others the value at
+    the quantile comes to 1, and what lies below it is scaled alike; each image by itself."""
+    x0 = size * np.random.default_rng(seed).standard_normal((4, 5, 2))
+    x0[0] = np.tanh(x0[0])
+    out = dynamic_threshold(x0, share)
+    assert np.abs(out).max() <= 1
+    assert np.array_equal(out[0], x0[0])
+    for image, result in zip(x0, out):
+        sizes = np.sort(np.abs(image).ravel())
+        scale = max(1, np.interp(share * (len(sizes) - 1), np.arange(len(sizes)), sizes))
+        inside = np.abs(image) < scale
+        same(result[inside], image[inside] / scale)
+        same(result[~inside], np.sign(image[~inside]))
+
+
+def test_dynamic_threshold_is_a_clip_of_the_samplers():
+    x0 = 3 * np.random.default_rng(0).standard_normal((2, 3))
+    end = run(ddpm, lambda x, t: x0, kind="x0", clip=dynamic_threshold)[-1][1]
+    same(end, dynamic_threshold(x0))
+
+
+# ------------------------------------------------------------------------------------ guidance
+
+LABELS, NULL = np.array([3, 1, 4]), 10
+
+
+class Classes:
+    """A model with labels, nonlinear in all it is given. It keeps the batches it was given."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, t, y):
+        self.batches.append((x, t, y))
+        return np.sin(x * (1 + y.reshape(-1, 1, 1)) + t.reshape(-1, 1, 1))
+
+
+def guidance(w, rescale=0.0):
+    """A guided model's answer, the conditional and the unconditional one, and the batches."""
+    x, t = np.random.default_rng(0).standard_normal((3, 4, 2)), np.array([5, 6, 7])
+    model = Classes()
+    out = guided(model, LABELS, NULL, w, rescale)(x, t)
+    return out, Classes()(x, t, LABELS), Classes()(x, t, np.full(3, NULL)), model.batches
+
+
+def spread(x):
+    """Each image's standard deviation, ready to multiply the images."""
+    return x.std((1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("w", [0, 1, 0.0, 1.0])
+def test_guidance_weights_0_and_1_are_plain(w):
+    """To the last bit, at the cost of one batch: there is nothing to mix."""
+    out, cond, uncond, batches = guidance(w)
+    assert np.array_equal(out, cond if w else uncond)
+    assert [len(x) for x, _, _ in batches] == [3]
+    assert list(batches[0][2]) == (list(LABELS) if w else [NULL] * 3)
+
+
+@given(w=st.floats(-1, 10))
+def test_guidance_moves_from_unconditional_to_conditional_and_on(w):
+    """uncond + w (cond - uncond), which is (1 + v) cond - v uncond for CFG's v = w - 1."""
+    out, cond, uncond, _ = guidance(w)
+    v = w - 1
+    same(out, (1 + v) * cond - v * uncond)
+
+
+@pytest.mark.parametrize("w", [-1, 0.5, 3])
+def test_guidance_asks_once_on_a_doubled_batch(w):
+    """x and t twice, the labels and as many nulls, in one call."""
+    _, _, _, batches = guidance(w)
+    [(x, t, y)] = batches
+    assert np.array_equal(x[:3], x[3:]) and x.shape == (6, 4, 2)
+    assert list(t) == [5, 6, 7] * 2
+    assert sorted(zip(t, y)) == sorted([(5, 3), (6, 1), (7, 4), (5, 10), (6, 10), (7, 10)])
+
+
+@given(w=st.floats(1.5, 10), rescale=st.floats(0, 1))
+def test_rescale_brings_back_the_conditional_deviation(w, rescale):
+    """ZeroSNR section 3.4: at 1 each image has the conditional prediction's deviation, its
+    picture being the same but for the scale; in between, the two are mixed."""
+    plain, cond, _, _ = guidance(w)
+    full = guidance(w, 1.0)[0]
+    same(spread(full), spread(cond))
+    same(full / spread(full), plain / spread(plain))
+    same(guidance(w, rescale)[0], rescale * full + (1 - rescale) * plain)
+
+
+def test_a_guided_model_is_a_model():
+    """It goes into any sampler, and takes labels as a list."""
+    walk = ddim(guided(Classes(), [3, 1, 4], NULL, 2.0), Diffusion(linear_betas(10)),
+                np.ones((3, 4, 2)), steps=4)
+    assert sample(walk).shape == (3, 4, 2)
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("options, given_text", [
+    (dict(steps=[1, 5]), "steps are [1, 5]"), (dict(steps=[5, 5]), "steps are [5, 5]"),
+    (dict(steps=[11, 5]), "steps are [11, 5]"), (dict(steps=[5, 0]), "steps are [5, 0]"),
+    (dict(steps=[5, -1]), "steps are [5, -1]"), (dict(steps=[]), "steps are []"),
+    (dict(steps=0), "steps is 0"), (dict(steps=11), "steps is 11"),
+    (dict(steps=5, spacing="middle"), "spacing is 'middle'"),
+    (dict(steps=5, kind="noise"), "kind is 'noise'"),
+    (dict(steps=[5.5, 2]), "5.5")])
+def test_bad_input_is_refused_at_the_call(sampler, options, given_text):
+    """At the call, not at the first next(), where the traceback would point elsewhere."""
+    refused(given_text, sampler, squash, Diffusion(linear_betas(10)), np.ones((2, 1)),
+            np.random.default_rng(0), **options)
+
+
+@pytest.mark.parametrize("sampler, options, given_text", [
+    (ddpm, dict(variance="learned"), "variance is 'learned'"),
+    (ddim, dict(eta=-0.1), "eta is -0.1"), (ddim, dict(eta=1.1), "eta is 1.1"),
+    (ddim, dict(eta=float("nan")), "eta is nan")])
+def test_bad_variance_and_eta_are_refused_at_the_call(sampler, options, given_text):
+    refused(given_text, sampler, squash, Diffusion(linear_betas(10)), np.ones((2, 1)),
+            np.random.default_rng(0), steps=5, **options)
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim])
+def test_a_model_of_another_shape_is_refused(sampler):
+    """(2, 1) would broadcast against (2, 3) without a word."""
+    refused("(2, 1)", run, sampler, lambda x, t: x[:, :1], steps=5)

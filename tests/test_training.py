@@ -1,0 +1,330 @@
+"""The optimiser, the running mean, the losses and the loop, each against its formula.
+
+Where a network would only be in the way, a Stub stands for it: one whose answer and gradient are
+known, and which notes what it was asked.
+"""
+import copy
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+import tinyddpm as td
+
+pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
+DIFFUSION = td.Diffusion(td.linear_betas(10, 0.01, 0.3))
+IMAGE = (2, 3, 1)
+
+
+class Stub:
+    """A network that answers 0 and whose gradient, by n parameters, is `slope` at every call."""
+    image, null = IMAGE, 3
+
+    def __init__(self, slope=(1.0,), classes=0):
+        self.slope, self.classes, self.asked = np.array(slope), classes, []
+        self.params, self.grads = (td.Tree({}, np.zeros(len(slope))) for _ in range(2))
+
+    def forward(self, x, t, y, rng):
+        def back(dy):
+            self.grads.flat += self.slope
+        self.asked.append((x, t, y))
+        return np.zeros_like(x), back
+
+    def twin(self):
+        other = copy.copy(self)                         # which notes into the same list
+        other.grads = td.Tree({}, np.zeros_like(self.grads.flat))
+        return other
+
+
+class Streams:
+    """A Generator's methods, each with a stream of its own. Two draws of four are then one draw
+    of eight, whatever else is drawn between them."""
+
+    def __init__(self):
+        self.streams = {}
+
+    def stream(self, *name):
+        return self.streams.setdefault(name, np.random.default_rng(len(self.streams)))
+
+    def integers(self, low, high=None, size=None):
+        return self.stream(low, high).integers(low, high, size)
+
+    def random(self, size):
+        return self.stream("random").random(size)
+
+    def standard_normal(self, shape, dtype):
+        return self.stream("normal").standard_normal(shape, dtype=dtype)
+
+
+def small(**changes):
+    net = td.UNet(**dict(image=IMAGE, channels=(4, 6), classes=3, dtype=np.float64) | changes)
+    net.params.flat[:] = 0.3 * np.random.default_rng(1).standard_normal(net.params.flat.size)
+    return net
+
+
+def data(N=5):
+    rng = np.random.default_rng(2)
+    return rng.uniform(-1, 1, (N, *IMAGE)), rng.integers(0, 3, N)
+
+
+def trained(net, *labels, steps=3, images=data()[0], **options):
+    """The last State after some steps of training, the network being changed in place."""
+    for state in td.train(net, DIFFUSION, images, *labels, steps=steps, **options):
+        pass
+    return state
+
+
+def close(a, b, tolerance=1e-10):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------- optimiser, running mean
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_by_hand(decay):
+    """Three steps on one parameter, in plain Python; decay is decoupled from the gradient."""
+    params, gradients, rates = np.array([0.5]), [0.3, -0.2, 0.7], [0.1, 0.2, 0.05]
+    adam, p, m, v = td.Adam(params, betas=(0.8, 0.95), eps=1e-3), 0.5, 0.0, 0.0
+    for n, (g, lr) in enumerate(zip(gradients, rates), start=1):
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g ** 2
+        step = m / (1 - 0.8 ** n) / (math.sqrt(v / (1 - 0.95 ** n)) + 1e-3)
+        p = p - lr * step - lr * decay * p
+        adam.step(params, np.array([g]), lr, decay)
+        close([params[0], adam.m[0], adam.v[0]], [p, m, v], 1e-14)
+    assert adam.n == 3
+
+
+def test_adam_moves_in_place_and_by_the_rate():
+    """The first step of every parameter is lr long, whatever its gradient's size."""
+    params, gradients = np.zeros(3), np.array([1e3, -1.0, 1e-3])
+    held = gradients.copy()
+    td.Adam(params).step(params, gradients, 0.01)
+    close(params, [-0.01, 0.01, -0.01], 1e-4)
+    assert np.array_equal(gradients, held)
+
+
+def test_ema_warms_up():
+    """The n-th mean keeps (1 + n) / (10 + n) of itself, n = 0, 1, ..., and at most its decay."""
+    ema, p = td.EMA(np.zeros(1), decay=0.6), 0.0
+    for n in range(30):
+        keep = min(0.6, (1 + n) / (10 + n))
+        p = keep * p + (1 - keep) * (n + 1)
+        ema.step(np.array([n + 1.0]))
+        close(ema.flat, [p], 1e-14)
+    assert ema.n == 30
+
+
+def test_ema_does_not_share_memory():
+    params = np.ones(2)
+    ema = td.EMA(params)
+    params[:] = 5
+    assert np.array_equal(ema.flat, [1, 1])
+
+
+# ----------------------------------------------------------------------------------- losses
+
+def test_values_of_the_losses():
+    d = np.array([-3.0, -0.5, 0.0, 0.5, 3.0])
+    values = {"l2": [9, 0.25, 0, 0.25, 9], "l1": [3, 0.5, 0, 0.5, 3],
+              "huber": [2.5, 0.125, 0, 0.125, 2.5]}
+    assert values.keys() == td.LOSSES.keys()
+    for name, value in values.items():
+        close(td.LOSSES[name](d)[0], value, 1e-15)
+
+
+@pytest.mark.parametrize("loss", td.LOSSES)
+@given(d=st.floats(-4, 4).filter(lambda d: min(abs(d), abs(abs(d) - 1)) > 1e-3))
+def test_slopes_of_the_losses(loss, d):
+    value, h = td.LOSSES[loss], 1e-5
+    slope = (value(np.array(d + h))[0] - value(np.array(d - h))[0]) / (2 * h)
+    close(value(np.array(d))[1], slope, 1e-8)
+
+
+@pytest.mark.parametrize("kind", td.KINDS)
+@pytest.mark.parametrize("loss, weighting, labels, accumulate", [
+    ("l2", "simple", False, 1), ("huber", "snr", True, 2), ("l1", "min_snr", True, 1)])
+def test_the_loop_s_gradient_is_the_slope_of_its_loss(kind, loss, weighting, labels, accumulate):
+    """Of a first step with one seed the loss is a function of the parameters, and a first
+    moment of Adam a tenth of the gradient. Everything between the draws and Adam is in it."""
+    net, u = small(classes=3 * labels), np.random.default_rng(3).standard_normal
+    start, u, h = net.params.flat.copy(), u(net.params.flat.size), 1e-6
+
+    def first(shift):
+        net.params.flat[:] = start + shift * u
+        return trained(net, data()[1] if labels else None, steps=1, batch=6, kind=kind, loss=loss,
+                       weighting=weighting, accumulate=accumulate, clip=math.inf, chunk=4)
+    gradient = first(0).adam.m / 0.1
+    slope = (float(first(h).loss) - float(first(-h).loss)) / (2 * h)
+    close(gradient @ u, slope, 1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["simple", "snr", "min_snr"])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_the_loss_is_weighted(kind, weighting):
+    """Of black pictures x_t = sqrt(1 - abar) eps, and v = sqrt(abar) eps. An answer of 0 is
+    wrong by all of that; the loss is its weighted mean square over everything drawn."""
+    stub = Stub()
+    state = trained(stub, images=np.zeros((1, *IMAGE)), steps=1, batch=20, kind=kind,
+                    weighting=weighting, accumulate=2)
+    x, t, _ = (np.concatenate(a) if a[0] is not None else None for a in zip(*stub.asked))
+    assert len(x) == 40
+    abar, squares = DIFFUSION.abar[t], (x ** 2).mean((1, 2, 3)) / (1 - DIFFUSION.abar[t])
+    squares = squares * abar if kind == "v" else squares
+    close(state.loss, (DIFFUSION.loss_weight(t, kind, weighting) * squares).mean())
+
+
+# --------------------------------------------------------------------------------- the loop
+
+def test_one_picture_is_learned_by_heart():
+    """Of one picture x0 is known whatever x_t is, so that its loss falls towards 0."""
+    net = td.UNet(image=(4, 4, 1), channels=(8,), classes=0)
+    image = np.random.default_rng(0).choice([-1.0, 1.0], (1, 4, 4, 1))
+    losses = [float(state.loss) for state in td.train(
+        net, DIFFUSION, image, steps=300, batch=16, kind="x0", lr=1e-2, warmup=10)]
+    assert abs(losses[0] - 1) < 1e-6                    # the first answer is 0, the pixels +-1
+    assert np.mean(losses[-20:]) < 1e-3
+
+
+@pytest.mark.parametrize("threads, chunk", [(1, 3), (2, 8), (2, 3), (3, 1), (1, 100)])
+def test_threads_and_chunks_do_not_matter(threads, chunk):
+    """To rounding. They cut up the work and change nothing else, the draws included."""
+    nets = small(), small()
+    cut = trained(nets[0], data()[1], batch=11, threads=threads, chunk=chunk)
+    whole = trained(nets[1], data()[1], batch=11, threads=1, chunk=8)
+    close(nets[0].params.flat, nets[1].params.flat, 1e-8)
+    close([float(cut.loss), cut.lr], [float(whole.loss), whole.lr])
+    close(cut.ema.flat, whole.ema.flat, 1e-8)
+
+
+def test_two_batches_accumulated_are_one_of_twice_the_size():
+    nets, states = (small(), small()), []
+    for net, options in zip(nets, [dict(batch=4, accumulate=2), dict(batch=8, accumulate=1)]):
+        flat = net.params.flat
+        state = td.State(td.Adam(flat), td.EMA(flat), Streams())
+        states.append(trained(net, data()[1], state=state, **options))
+    close(nets[0].params.flat, nets[1].params.flat, 1e-8)
+    close(float(states[0].loss), float(states[1].loss))
+
+
+def test_learning_rate():
+    """A climb over four steps times half a cosine over eight; the parameters move by it."""
+    stub, last = Stub(), 0.0
+    rates = []
+    for state in td.train(stub, DIFFUSION, data()[0], steps=8, lr=2.0, warmup=4):
+        moved, last = last - stub.params.flat[0], stub.params.flat[0]
+        close(moved, state.lr, 1e-6)                    # Adam on a constant gradient
+        rates.append(state.lr)
+    cosine = [math.cos(math.pi * k / 16) ** 2 for k in range(8)]
+    close(rates, 2 * np.array(cosine) * [0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+    assert state.step == 8
+
+
+@pytest.mark.parametrize("clip, factor", [(1.0, 0.2), (4.0, 0.8), (5.5, 1), (math.inf, 1)])
+def test_clipping_by_the_norm_of_the_whole_gradient(clip, factor):
+    """The gradient (3, 0, -4) has norm 5. Adam's first moment is a tenth of what it is given."""
+    state = trained(Stub((3.0, 0.0, -4.0)), steps=1, batch=8, clip=clip)
+    close(state.adam.m / 0.1, factor * np.array([3, 0, -4]))
+
+
+def test_decay_and_ema_reach_their_places():
+    """Without a gradient decay alone is left: (1 - lr decay) at every step."""
+    stub = Stub((0.0,))
+    stub.params.flat[:] = 1
+    with np.errstate(divide="ignore"):                  # clip / 0 is infinite, and 1 is smaller
+        states = td.train(stub, DIFFUSION, data()[0], steps=2, lr=0.1, warmup=1, decay=0.5, ema=0.05)
+        first = next(states)
+    close(stub.params.flat, 1 - first.lr * 0.5)
+    close(first.ema.flat, 0.05 * 1 + 0.95 * stub.params.flat)
+
+
+def test_what_is_drawn():
+    """Labels give way to the null label at their rate; steps are 1..T, all of them, evenly;
+    every picture comes up, with its own label."""
+    stub, n = Stub(classes=3), 60 * 64
+    images = np.zeros((3, *IMAGE)) + np.array([-1, 0, 1])[:, None, None, None]
+    calm = td.Diffusion([1e-12, 1e-3, 0.5])             # at t = 1 the picture is as it was
+    for _ in td.train(stub, calm, images, np.array([0, 1, 2]), steps=60, drop=0.25):
+        pass
+    x, t, y = (np.concatenate(a) for a in zip(*stub.asked))
+    assert len(x) == len(t) == len(y) == n
+
+    def share_is(found, share):
+        return abs(found.mean() - share) < 5 * (share * (1 - share) / n) ** 0.5
+    assert set(t) == {1, 2, 3} and set(y) == {0, 1, 2, 3}
+    assert share_is(y == 3, 0.25)
+    assert all(share_is(t == step, 1 / 3) for step in (1, 2, 3))
+    assert all(share_is(y == label, 0.25) for label in (0, 1, 2))
+    kept = (y < 3) & (t == 1)
+    close(x[kept].mean((1, 2, 3)), y[kept] - 1, 1e-4)
+
+
+@pytest.mark.parametrize("drop, null", [(0.0, False), (1.0, True)])
+def test_labels_are_all_kept_or_all_dropped(drop, null):
+    stub = Stub(classes=3)
+    trained(stub, data()[1], drop=drop)
+    assert all(((y == 3) == null).all() for _, _, y in stub.asked)
+
+
+def test_a_seed_and_its_generator_are_the_same():
+    flats = []
+    for rng in (5, 5, np.random.default_rng(5), 6):
+        net = small()
+        trained(net, data()[1], rng=rng, batch=4)
+        flats.append(net.params.flat)
+    assert np.array_equal(flats[0], flats[1]) and np.array_equal(flats[0], flats[2])
+    assert not np.array_equal(flats[0], flats[3])
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value, slope",
+                         [(math.inf, 0), (math.nan, 0), (0, math.inf), (0, math.nan)])
+def test_a_loss_that_is_not_finite_stops(value, slope, monkeypatch):
+    """It or its gradient, at the third step. What the second step left is still there."""
+    net, lr, right = small(), 0.01, td.LOSSES["l2"]
+    states = td.train(net, DIFFUSION, *data(), steps=5, lr=lr, warmup=5, batch=4)
+    next(states)
+    state = next(states)
+    held = [a.copy() for a in (net.params.flat, state.ema.flat, state.adam.m, state.adam.v)]
+    monkeypatch.setitem(td.LOSSES, "l2", lambda d: (right(d)[0] + value, right(d)[1] + slope))
+    rate = lr * 3 / 5 * math.cos(math.pi * 2 / 10) ** 2
+    message = f"step 3.*{re.escape(f'{rate:.3g}')}"
+    with pytest.raises(FloatingPointError, match=message):
+        next(states)
+    for a, b in zip((net.params.flat, state.ema.flat, state.adam.m, state.adam.v), held):
+        assert np.array_equal(a, b)
+    assert state.step == state.adam.n == 2
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(images=127.5 * data()[0] + 127.5), r"sizes up to 2\d\d"),
+    (dict(images=data()[0].astype(int) + 255), "sizes up to 25"),
+    (dict(images=data()[0][..., 0]), r"\(5, 2, 3\).*\*\(2, 3, 1\)"),
+    (dict(images=data()[0][0]), r"\(2, 3, 1\)"),
+    (dict(images=data()[0][:0], labels=data()[1][:0]), r"shape \(0, 2, 3, 1\)"),
+    (dict(images=data()[0] * math.nan), "images"),
+    (dict(labels=None), "labels are missing for 5 images.*3 classes"),
+    (dict(labels=data()[1][:4]), "labels are 4 for 5"),
+    (dict(labels=data()[1] + 3), r"labels.*0\.\.3"),
+    (dict(loss="L2"), "loss is 'L2'.*'l1'"), (dict(kind="score"), "kind is 'score'.*'eps'"),
+    (dict(weighting="p2"), "weighting is 'p2'.*'min_snr'")])
+def test_bad_input(changes, message):
+    """A ValueError that says what was given and what is wanted."""
+    images, labels = data()
+    options = dict(images=images, labels=labels, steps=1) | changes
+    with pytest.raises(ValueError, match=message):
+        next(td.train(small(), DIFFUSION, **options))
+
+
+def test_labels_for_a_network_without_classes():
+    with pytest.raises(ValueError, match="labels are 5.*0 classes"):
+        next(td.train(small(classes=0), DIFFUSION, *data(), steps=1))
+
+
+@pytest.mark.parametrize("options", [dict(warmup=0), dict(batch=2, threads=3)])
+def test_options_at_their_edge(options):
+    """No warm-up is one of no steps; a thread may be left without work."""
+    assert math.isfinite(trained(small(), data()[1], steps=1, **options).loss)
