@@ -135,18 +135,18 @@ def show(ax, images, columns=(), rows=()):
         side.set_visible(False)
 
 
-def sheet(path, images, columns=(), rows=(), title=""):
-    """Write a picture of rows of images."""
-    n_rows, n_columns = images.shape[:2]
-    figure, ax = plt.subplots(figsize=(0.62 * n_columns + (1.8 if len(rows) else 0.2), 0.62 * n_rows + 0.7))
+def sheet(path, images, columns=(), rows=(), title="", cell=0.6):
+    """Write a picture of rows of images, each `cell` inches wide."""
+    n_rows, n_columns, H, W = images.shape[:4]
+    figure, ax = plt.subplots(figsize=(cell * n_columns, cell * n_rows * H / W), layout="none")
+    ax.set_position((0, 0, 1, 1))
     show(ax, images, columns, rows)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=10, pad=8)
     keep(figure, path)
 
 
 def keep(figure, path):
-    figure.tight_layout()
-    write(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    write(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
     plt.close(figure)
     print(f"wrote {path}")
 
@@ -155,7 +155,7 @@ def plot_loss(path, losses):
     losses = np.array(losses)
     width = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
-    figure, ax = plt.subplots(figsize=(6, 3.2))
+    figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
     ax.semilogy(np.arange(1, len(losses) + 1), losses, lw=0.5, alpha=0.4, label="each step")
     ax.semilogy(np.arange(len(smooth)) + (width + 1) / 2, smooth, lw=1.5, label=f"mean of {width} steps")
     ax.set(xlabel="step", ylabel="mean squared error of v", title=f"{smooth[-1]:.4f} at the end")
@@ -365,7 +365,7 @@ def forward(args):
     for t in steps:
         print(f"{t:5}{diffusion.abar[t]:12.4g}{diffusion.snr[t]:12.4g}")
     frames = np.stack([asnumpy(diffusion.q_sample(x0, t, eps)) for t in steps], 1)
-    sheet(args.out / "forward.png", frames, [f"t={t}\nSNR {diffusion.snr[t]:.2g}" for t in steps])
+    sheet(args.out / "forward.png", frames, [f"t = {t}\nSNR {diffusion.snr[t]:.2g}" for t in steps], cell=1.2)
 
 
 def schedules(args):
@@ -376,7 +376,7 @@ def schedules(args):
     every = {name: td.Diffusion(betas(T)) for name, betas in td.SCHEDULES.items()}
     every["linear, zero SNR"] = td.Diffusion(td.zero_terminal_snr(td.linear_betas(T)))
     steps, t = (200, 500, 800), np.arange(1, T + 1)
-    figure, axes = plt.subplots(1, 4, figsize=(14, 4.4), width_ratios=(3, 3, 3, 2))
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4.6), width_ratios=(3, 3, 3, 2.4), layout="constrained")
     print(f"{'':18}" + "".join(f"{f'SNR({s})':>12}" for s in (*steps, T)))
     with np.errstate(divide="ignore"):
         for (name, d), style in zip(every.items(), ("-", "--", "-", "-", "--", "-", "-", ":")):
@@ -410,7 +410,7 @@ def bpd(args):
           f"  prior    {prior:.5f}   x_T is not quite noise\n"
           f"  steps    {steps.sum():.5f}   the model's x0 against the true one, t = 2..{model.diffusion.T}\n"
           f"  decoder  {decoder:.5f}   from x_1 to bytes")
-    figure, ax = plt.subplots(figsize=(6, 3.6))
+    figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     ax.loglog(np.arange(2, model.diffusion.T + 1), steps, lw=1)
     ax.plot(1, decoder, "o", label=f"decoder {decoder:.3f}")
     ax.plot([], [], " ", label=f"steps {steps.sum():.3f}, prior {prior:.5f}")

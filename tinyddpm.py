@@ -50,12 +50,19 @@ from dataclasses import dataclass
 import numpy as np
 
 
-# ---------------------------------------------------------------------------------- backend
+# ------------------------------------------------------------------- backend, and two checks
 
 def one_of(name, value, allowed):
     """A ValueError unless value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it may be " + ", ".join(map(repr, allowed)))
+
+
+def whole(name, value):
+    """The value, if it is an integer of at least 1; else a ValueError."""
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it has to be an integer of at least 1")
+    return value
 
 
 def choose_backend(choice=""):
@@ -132,8 +139,8 @@ def sigmoid_betas(T, start=1e-4, end=0.02):
 
 
 def sqrt_betas(T, s=1e-4, max_beta=0.999):
-    """abar_t = 1 - sqrt(t/T + s) (Diffusion-LM, appendix A): noise of deviation s^(1/4) at once,
-    then slowly more. abar_T would be below 0; max_beta caps the last beta."""
+    """abar_t = 1 - sqrt(t/T + s) (Diffusion-LM, appendix A): noise of deviation s^(1/4) at
+    once, then slowly more. abar_T would be below 0; max_beta caps the last beta."""
     abar = 1 - np.sqrt(np.arange(whole("T", T) + 1) / T + s)
     abar[0] = 1
     return betas_from_abar(abar, max_beta)
@@ -165,14 +172,14 @@ def zero_terminal_snr(betas):
 
 
 def betas_from_abar(abar, max_beta=1.0):
-    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1; below 0, where
-    a formula overshoots, it counts as 0."""
+    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1; where a
+    formula overshoots to below 0, it counts as 0."""
     abar = np.maximum(abar, 0)
     return checked_betas(np.minimum(1 - abar[1:] / np.maximum(abar[:-1], 1e-300), max_beta))
 
 
 def checked_betas(betas):
-    """The betas as float64 (T,); a ValueError where one is outside (0, 1], or 1 before the end."""
+    """The betas as float64 (T,); a ValueError where one is outside (0, 1], or 1 too early."""
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas have shape {betas.shape}; wanted is (T,) with T >= 1")
@@ -181,21 +188,15 @@ def checked_betas(betas):
         raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
                          "every beta lies above 0 and at most at 1")
     if np.any(betas[:-1] == 1):
-        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may be, as no "
-                         "signal is left after it")
+        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may be, "
+                         "as no signal is left after it")
     return betas
-
-
-def whole(name, value):
-    """The value, if it is an integer of at least 1; else a ValueError."""
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it has to be an integer of at least 1")
-    return value
 
 
 # ---------------------------------------------------------------------- the forward process
 
 KINDS = ("eps", "x0", "v")      # what a model may predict; any one gives the other two
+WEIGHTINGS = ("simple", "snr", "min_snr")
 
 
 class Diffusion:
@@ -224,7 +225,8 @@ class Diffusion:
     def q_step(self, x_prev, t, eps):
         """x_t from x_{t-1}: sqrt(1 - beta_t) x_prev + sqrt(beta_t) eps (DDPM eq. 2)."""
         t = self._checked(t, x_prev, eps)
-        return factor(self.alpha[t] ** 0.5, x_prev) * x_prev + factor(self.beta[t] ** 0.5, eps) * eps
+        return (factor(self.alpha[t] ** 0.5, x_prev) * x_prev
+                + factor(self.beta[t] ** 0.5, eps) * eps)
 
     def q_posterior(self, x0, xt, t, s=None):
         """Mean and variance of q(x_s | x_t, x0), s = t-1 unless given (DDPM eqs. 6, 7).
@@ -234,14 +236,15 @@ class Diffusion:
         """
         t = self._checked(t, x0, xt)
         s = t - 1 if s is None else np.asarray(s)
-        if np.shape(s) != np.shape(t) or s.dtype.kind not in "iu" or not np.all((0 <= s) & (s < t)):
-            raise ValueError(f"s is {s} and t is {t}; the step to go back to is an integer of 0..t-1, "
-                             "one for each t")
-        alpha = self.abar[t] / self.abar[s]
-        rest_t, rest_s = 1 - self.abar[t], 1 - self.abar[s]
-        of_x0 = self.abar[s] ** 0.5 * (1 - alpha) / rest_t
-        of_xt = alpha ** 0.5 * rest_s / rest_t
-        return factor(of_x0, x0) * x0 + factor(of_xt, xt) * xt, factor((1 - alpha) * rest_s / rest_t, x0)
+        if s.shape != t.shape or s.dtype.kind not in "iu" or not np.all((0 <= s) & (s < t)):
+            raise ValueError(f"s is {s} and t is {t}; the step to go back to has to be an integer "
+                             "of 0..t-1, one for each t")
+        abar, abar_s = self.abar[t], self.abar[s]
+        alpha = abar / abar_s
+        of_x0 = abar_s ** 0.5 * (1 - alpha) / (1 - abar)
+        of_xt = alpha ** 0.5 * (1 - abar_s) / (1 - abar)
+        var = (1 - alpha) * (1 - abar_s) / (1 - abar)
+        return factor(of_x0, x0) * x0 + factor(of_xt, xt) * xt, factor(var, x0)
 
     # eps, x0 and v are three names for one thing: with xt, any one of them gives the others.
 
@@ -253,8 +256,8 @@ class Diffusion:
         if kind == "v":
             return signal * xt - noise * out
         if not np.all(self.abar[asnumpy(t)]):
-            raise ValueError("kind is 'eps' at a step of zero SNR, where xt is eps whatever x0 was; "
-                             "a model for this schedule has to predict 'v' or 'x0'")
+            raise ValueError("kind is 'eps' at a step of zero SNR, where xt is eps whatever x0 "
+                             "was; a model for this schedule has to predict 'v' or 'x0'")
         return (xt - noise * out) / signal
 
     def to_eps(self, xt, t, out, kind):
@@ -281,7 +284,7 @@ class Diffusion:
         x_t, |eps error|^2 is snr times |x0 error|^2, and |v error|^2 is snr + 1 times.
         """
         snr = self.snr[self._checked(t, kind=kind)]
-        one_of("how", how, ("simple", "snr", "min_snr"))
+        one_of("how", how, WEIGHTINGS)
         if how == "simple":
             return np.ones_like(snr)
         top = gamma if how == "min_snr" else np.inf
@@ -327,14 +330,15 @@ class Diffusion:
         one_of("kind", kind, KINDS)
         for a in arrays:
             if a.shape != arrays[0].shape or a.dtype.kind != "f":
-                raise ValueError("the arrays are " + " and ".join(f"{b.dtype} {b.shape}" for b in arrays)
-                                 + "; they have to be floats of one shape (B, ...)")
+                given = " and ".join(f"{b.dtype} {b.shape}" for b in arrays)
+                raise ValueError(f"the arrays are {given}; they have to be floats of one shape "
+                                 "(B, ...)")
         t = asnumpy(t)
         if t.dtype.kind not in "iu" or t.ndim > 1 or not np.all((1 <= t) & (t <= self.T)):
-            raise ValueError(f"t is {t}; it has to be an integer, or (B,) integers, of 1..{self.T}")
+            raise ValueError(f"t is {t}; it has to be an integer of 1..{self.T}, or (B,) of them")
         if t.ndim and arrays and t.shape != arrays[0].shape[:1]:
-            raise ValueError(f"t has shape {t.shape} for arrays of shape {arrays[0].shape}; it has to "
-                             f"be one integer or one for each of the {len(arrays[0])} images")
+            raise ValueError(f"t has shape {t.shape} for arrays of shape {arrays[0].shape}; it has "
+                             f"to be one integer, or one for each of the {len(arrays[0])} images")
         return t if t.ndim else t[()]
 
 
@@ -347,8 +351,8 @@ def factor(value, x):
 
 
 def bin_probability(x, mean, std):
-    """Probability that N(mean, std) gives each byte x, scaled to [-1, 1] (DDPM eq. 13). The bins
-    of -1 and 1 take the whole tail. At least 1e-300, so that its logarithm is finite."""
+    """Probability that N(mean, std) gives each byte x, scaled to [-1, 1] (DDPM eq. 13). The
+    bins of -1 and 1 take the whole tail. At least 1e-300, so that its logarithm is finite."""
     x, mean = asnumpy(x).astype(np.float64), asnumpy(mean).astype(np.float64)
     low = np.where(x < -0.999, -np.inf, (x - 1 / 255 - mean) / std)
     high = np.where(x > 0.999, np.inf, (x + 1 / 255 - mean) / std)
@@ -362,8 +366,8 @@ def bin_probability(x, mean, std):
 
 # --------------------------------------------------------------------- samplers and guidance
 # A model is any callable model(x, t) -> prediction, with x (B, ...) and t (B,) integers. A
-# sampler is a generator: it yields (t, x_t) after every step, so that a progress bar, a film, an
-# early stop or inpainting is a `for` loop of the caller's.
+# sampler is a generator: it yields (t, x_t) after every step, so that a progress bar, a film,
+# an early stop or inpainting is a `for` loop of the caller's.
 
 def timesteps(T, steps, spacing="trailing"):
     """`steps` of the T steps, descending, integers (steps,) (ZeroSNR Table 2).
@@ -435,7 +439,8 @@ def walk(model, diffusion, x, steps, spacing, kind, clip, step):
     route = [int(t) for t in steps] + [0]
     if (len(route) < 2 or route[:-1] != list(steps) or route[0] > diffusion.T
             or any(s >= t for t, s in zip(route, route[1:]))):
-        raise ValueError(f"steps are {list(steps)}; they have to be integers that descend within {diffusion.T}..1")
+        raise ValueError(f"steps are {list(steps)}; they have to be integers that descend within "
+                         f"{diffusion.T}..1")
 
     def run(x):
         for t, s in zip(route, route[1:]):
@@ -460,8 +465,8 @@ def clamp(x0, clip):
 
 
 def dynamic_threshold(x0, share=0.995):
-    """Instead of clipping: where an image's values pass 1, clip at the quantile `share` of their
-    sizes and divide by it (Imagen section 2.3). Keeps strong guidance from saturating."""
+    """Instead of clipping: where an image's values pass 1, clip at the quantile `share` of
+    their sizes and divide by it (Imagen section 2.3). Keeps strong guidance from saturating."""
     size = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1).astype(x0.dtype)
     size = xp.maximum(size, 1).reshape(-1, *[1] * (x0.ndim - 1))
     return xp.clip(x0, -size, size) / size
@@ -470,10 +475,11 @@ def dynamic_threshold(x0, share=0.995):
 def guided(model, labels, null, w, rescale=0.0):
     """model(x, t, y) -> a model(x, t): unconditional + w (conditional - unconditional).
 
-    w = 1 is plain conditional and w = 0 unconditional; the weight in CFG eq. 6 is w - 1. labels:
-    (B,) integers; null: the label that stands for none. Both predictions come from one call on a
-    doubled batch. rescale: how far to bring each image's standard deviation back to that of the
-    conditional prediction, 0 to 1 (ZeroSNR section 3.4; they use 0.7).
+    w = 1 is plain conditional and w = 0 unconditional; the weight in CFG eq. 6 is w - 1.
+    labels: (B,) integers; null: the label that stands for none. Both predictions come from one
+    call on a doubled batch. rescale: how far to bring each image's standard deviation back to
+    that of the conditional prediction, 0 to 1 (ZeroSNR section 3.4; they use 0.7); w = 0 and 1
+    have nothing to bring back.
     """
     labels = xp.asarray(labels)
     nulls = xp.full_like(labels, null)
@@ -494,11 +500,11 @@ def guided(model, labels, null, w, rescale=0.0):
 
 
 # --------------------------------------------------------------------------------- layers
-# A layer is a function that returns its value and, nested in it, `back`, which takes the
-# gradient of the loss by that value to the gradient by the input. p holds the layer's parameters
-# and g, of the same names, their gradients, to which `back` adds. Read a `back` as its forward
-# from the last line to the first: a product turns into one with the transpose, a broadcast into
-# a sum, a fork into an addition.
+# A layer is a function that returns its value and, nested in it, `back`: from the gradient of
+# the loss by that value to the gradient by the input. p holds the layer's parameters; g, with
+# the same names, their gradients, to which `back` adds. Read a `back` as its forward from the
+# last line to the first: a product becomes one with the transpose, a broadcast a sum, a fork
+# an addition.
 
 def silu(x):
     """x sigmoid(x), also called swish."""
@@ -513,21 +519,22 @@ def silu(x):
 def linear(p, x):
     """x @ w + b on the last axis: (..., C) -> (..., D)."""
     rows = x.reshape(-1, x.shape[-1])
-    y = (rows @ p.w + p.b).reshape(*x.shape[:-1], -1)
+    y = rows @ p.w + p.b
 
     def back(dy, g):
-        dy = dy.reshape(len(rows), -1)
+        dy = dy.reshape(y.shape)
         g.w += rows.T @ dy
-        g.b += dy.sum(0)
+        g.b += dy.sum(0)                    # one b served every row
         return (dy @ p.w.T).reshape(x.shape)
-    return y, back
+    return y.reshape(*x.shape[:-1], -1), back
 
 
 def windows(x, budget=2 ** 18):
-    """The 3x3 window around every pixel, zero beyond the edge, a few images (B, H, W, C) at a time.
+    """The 3x3 window around every pixel of x (B, H, W, C), zero beyond the edge.
 
-    Yields (rows, their windows (rows, 9 C)), where rows is a slice of the B H W pixels. On a CPU a
-    few are of about `budget` numbers, which stay in its cache until the product has read them.
+    Yields (rows, windows of these rows (n, 9 C)), where rows is a slice of the B H W pixels: a
+    few images at a time, of about `budget` numbers, which on a CPU stay in the cache until the
+    product has read them.
     """
     B, H, W, C = x.shape
     padded = xp.zeros((B, H + 2, W + 2, C), x.dtype)
@@ -542,7 +549,8 @@ def windows(x, budget=2 ** 18):
 
 
 def conv3x3(p, x):
-    """3x3 convolution (correlation, as everywhere in the field): (B, H, W, C) -> (B, H, W, D)."""
+    """3x3 convolution (correlation, as everywhere in the field), (B, H, W, C) -> (B, H, W, D):
+    each window, as a row, times the kernel (9 C, D)."""
     B, H, W, C = x.shape
     D = p.w.shape[3]
     y = xp.empty((B * H * W, D), x.dtype)
@@ -552,10 +560,10 @@ def conv3x3(p, x):
 
     def back(dy, g):
         # x_n met the weight w_k on its way to y_{n-k}. So dx_n is the sum of dy_{n-k} w_k^T, a
-        # convolution of dy by the kernel turned by half a turn, and dw_k that of x_n dy_{n-k}^T:
-        # both read the same windows of dy.
-        pixels = x.reshape(-1, C)
+        # convolution of dy by the kernel turned by half a turn, and dw_k the sum of
+        # x_n dy_{n-k}^T: both read the same windows of dy.
         turned = p.w[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * D, C)
+        pixels = x.reshape(-1, C)
         dx, dw = xp.empty_like(pixels), 0
         for rows, around in windows(dy):
             dx[rows] = around @ turned
@@ -567,33 +575,39 @@ def conv3x3(p, x):
 
 
 def group_norm(x, scale, shift, groups=8, eps=1e-5):
-    """x to mean 0 and variance 1 in each group of channels of each image, times 1 + scale, plus
-    shift. x (B, H, W, C); scale and shift (B, C) or (C,). back gives dx, dscale and dshift, the
-    last two as (B, C). Where groups does not divide C, their greatest common divisor counts."""
+    """Bring each group of channels of each image to mean 0 and variance 1; then multiply by
+    1 + scale and add shift. x (B, H, W, C); scale and shift (B, C), or (C,) for all images.
+
+    back(dy) returns dx, and dscale and dshift as (B, C). Where groups does not divide C, their
+    greatest common divisor is used.
+    """
     B, H, W, C = x.shape
     groups = math.gcd(groups, C)
-    ones = xp.ones((1, H * W), x.dtype)
-    x = x.reshape(B, H * W, C)
+    ones = xp.ones((1, H * W), x.dtype)     # ones @ x sums over pixels faster than x.sum(1)
 
     def group_mean(total):
         """Sums over the pixels (B, 1, C) -> each group's mean, at each of its channels."""
         mean = total.reshape(B, groups, -1).mean(2) / (H * W)
         return xp.repeat(mean, C // groups, 1).reshape(B, 1, C)
 
-    centred = x - group_mean(ones @ x)      # ones @ x: a product sums faster than .sum(1)
-    r = 1 / xp.sqrt(group_mean(ones @ (centred * centred)) + eps)
-    normed = centred * r
+    flat = x.reshape(B, H * W, C)
+    normed = flat - group_mean(ones @ flat)
+    r = 1 / xp.sqrt(group_mean(ones @ (normed * normed)) + eps)
+    normed *= r
     gain = 1 + scale.reshape(-1, 1, C)
-    y = normed * gain + shift.reshape(-1, 1, C)
+    y = normed * gain
+    y += shift.reshape(-1, 1, C)
 
     def back(dy):
         dy = dy.reshape(B, H * W, C)
         dshift, dscale = ones @ dy, ones @ (dy * normed)
-        # r and the mean depend on every x of the group. Of dnormed = gain dy that leaves what is
-        # neither constant over the group nor along normed, for those parts cannot change y.
-        dx = r * (gain * dy - group_mean(gain * dshift) - normed * group_mean(gain * dscale))
-        return dx.reshape(B, H, W, C), dscale[:, 0], dshift[:, 0]
-    return y.reshape(B, H, W, C), back
+        # Mean and r depend on all of x. Of dnormed = gain dy they take away the two parts that
+        # cannot change normed: the one constant over the group and the one along normed itself.
+        dx = gain * dy - group_mean(gain * dshift)
+        dx -= normed * group_mean(gain * dscale)
+        dx *= r
+        return dx.reshape(x.shape), dscale[:, 0], dshift[:, 0]
+    return y.reshape(x.shape), back
 
 
 def norm(p, x):
@@ -609,7 +623,7 @@ def norm(p, x):
 
 
 def dropout(x, rate, rng):
-    """Zero a share `rate` of x at random and scale up the rest; without an rng, leave x alone."""
+    """Zero a share `rate` of x at random and scale up the rest; without an rng, do nothing."""
     if rng is None or not rate:
         return x, lambda dy: dy
     keep = xp.asarray(rng.random(x.shape, dtype=np.float32) >= rate) / x.dtype.type(1 - rate)
@@ -624,8 +638,8 @@ def fold(x):
 
 
 def unfold(y):
-    """Channels back into 2x2 pixels: the inverse of fold, and so its adjoint, as it only moves
-    numbers."""
+    """Channels back into 2x2 pixels. It undoes fold and, as both only move numbers, each is the
+    other's backward."""
     B, H, W, C = y.shape
     x = y.reshape(B, H, W, 2, 2, C // 4).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(B, 2 * H, 2 * W, C // 4)
@@ -634,15 +648,15 @@ def unfold(y):
 def down(x):
     """The mean of every 2x2 pixels: (B, 2H, 2W, C) -> (B, H, W, C)."""
     y = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
-    return y, lambda dy: spread(dy) / 4
+    return y, lambda dy: repeat(dy) / 4
 
 
 def up(x):
     """Every pixel becomes 2x2 of the same value: (B, H, W, C) -> (B, 2H, 2W, C)."""
-    return spread(x), lambda dy: 4 * down(dy)[0]
+    return repeat(x), lambda dy: 4 * down(dy)[0]
 
 
-def spread(x):
+def repeat(x):
     B, H, W, C = x.shape
     y = xp.empty((B, H, 2, W, 2, C), x.dtype)
     y[:] = x[:, :, None, :, None]
@@ -650,24 +664,24 @@ def spread(x):
 
 
 def attention(p, x, heads):
-    """x + multi-head self-attention over its pixels (DDPM section 4; "Attention is all you
-    need", eq. 1): every pixel takes a mean of values v, weighted by how its query q meets the
-    keys k."""
+    """x + multi-head self-attention over its pixels (Vaswani et al. 2017, 1706.03762, eq. 1):
+    every pixel takes a mean of the values v, weighted by how its query q meets the keys k."""
     B, H, W, C = x.shape
     h, norm_back = norm(p.norm, x)
     h, qkv_back = linear(p.qkv, h)
     # (B, H, W, 3 C) -> three of (B, heads, H W, C / heads)
     q, k, v = h.reshape(B, H * W, 3, heads, C // heads).transpose(2, 0, 3, 1, 4)
-    c = (C // heads) ** -0.5                # keeps q . k of unit variance
+    c = (C // heads) ** -0.5                # keeps c q . k of unit variance
     logits = c * (q @ k.swapaxes(2, 3))
-    a = xp.exp(logits - logits.max(3, keepdims=True))
-    a = a / a.sum(3, keepdims=True)         # softmax; the maximum cancels
+    a = xp.exp(logits - logits.max(3, keepdims=True))   # the maximum cancels in the next line
+    a /= a.sum(3, keepdims=True)
     h, out_back = linear(p.out, (a @ v).transpose(0, 2, 1, 3).reshape(B, H, W, C))
 
     def back(dy, g):
         dh = out_back(dy, g.out).reshape(B, H * W, heads, C // heads).transpose(0, 2, 1, 3)
         da, dv = dh @ v.swapaxes(2, 3), a.swapaxes(2, 3) @ dh
-        dlogits = a * (da - (da * a).sum(3, keepdims=True))     # softmax: da_i/dlogit_j = a_i (i==j) - a_i a_j
+        # da_i/dlogit_j = a_i ((i = j) - a_j)
+        dlogits = a * (da - (da * a).sum(3, keepdims=True))
         dq, dk = c * (dlogits @ k), c * (dlogits.swapaxes(2, 3) @ q)
         dqkv = xp.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, H, W, 3 * C)
         return dy + norm_back(qkv_back(dqkv, g.qkv), g.norm)    # x went two ways
@@ -675,8 +689,8 @@ def attention(p, x, heads):
 
 
 def sinusoids(t, E):
-    """Position t as E/2 sines, then E/2 cosines, of wavelengths 2 pi to 20,000 pi: (B,) -> (B, E).
-    The last frequency is exactly 1/10,000, as in DDPM's code; others divide by E/2, not E/2 - 1."""
+    """The step t (B,) as E/2 sines, then E/2 cosines, of wavelengths 2 pi to 20,000 pi: (B, E).
+    The last frequency is exactly 1/10,000, as in DDPM's code; others divide by E/2 instead."""
     frequency = xp.exp(xp.arange(E // 2) * (-math.log(10000) / (E // 2 - 1)))
     angle = t[:, None] * frequency
     return xp.concatenate([xp.sin(angle), xp.cos(angle)], 1)
@@ -685,88 +699,91 @@ def sinusoids(t, E):
 # ----------------------------------------------------------------------------------- U-Net
 
 def embed(p, t, y):
-    """What every block is told: the step t (B,), and the label y (B,) or None. -> (B, E)"""
+    """What every block is told: the steps t (B,) and the labels y (B,) as one vector (B, E)."""
     h, linear1_back = linear(p.time1, sinusoids(t, len(p.time1.w)).astype(p.time1.w.dtype))
     h, silu1_back = silu(h)
     h, linear2_back = linear(p.time2, h)
-    if y is not None:
+    if labelled := hasattr(p, "label"):
         onehot = (y[:, None] == xp.arange(len(p.label))).astype(h.dtype)
         h = h + onehot @ p.label            # row y of the table
     emb, silu2_back = silu(h)
 
     def back(demb, g):
         dh = silu2_back(demb)
-        if y is not None:
+        if labelled:
             g.label += onehot.T @ dh
         linear1_back(silu1_back(linear2_back(dh, g.time2)), g.time1)
     return emb, back
 
 
-def res_block(p, x, emb, rate, rng):
-    """Two convolutions around which x also passes straight: (B, H, W, C) -> (B, H, W, D).
+def res_block(p, x, emb, drop):
+    """Two convolutions, and x straight past them: (B, H, W, C) -> (B, H, W, D).
 
-    Before the second one the embedding scales and shifts the channels (ADM's adaptive group
-    norm). back(dy, g, demb) adds to demb, as to g: the embedding feeds every block."""
+    Before the second, the embedding scales and shifts the channels (ADM's adaptive group norm).
+    drop(h) -> h and its back. back(dy, g, demb) adds to demb as it does to g: the embedding
+    feeds every block.
+    """
     h, norm1_back = norm(p.norm1, x)
     h, silu1_back = silu(h)
     h, conv1_back = conv3x3(p.conv1, h)
     film, film_back = linear(p.film, emb)
-    D = h.shape[3]
-    h, norm2_back = group_norm(h, film[:, :D], film[:, D:])
+    scale, shift = xp.split(film, 2, axis=1)
+    h, norm2_back = group_norm(h, scale, shift)
     h, silu2_back = silu(h)
-    h, drop_back = dropout(h, rate, rng)
+    h, drop_back = drop(h)
     h, conv2_back = conv3x3(p.conv2, h)
-    skip, skip_back = linear(p.skip, x) if hasattr(p, "skip") else (x, lambda dy, g: dy)
+    skip, skip_back = linear(p.skip, x) if hasattr(p, "skip") else (x, None)
 
     def back(dy, g, demb):
-        dh = drop_back(conv2_back(dy, g.conv2))
-        dh, dscale, dshift = norm2_back(silu2_back(dh))
+        dx = skip_back(dy, g.skip) if skip_back else dy
+        dh = silu2_back(drop_back(conv2_back(dy, g.conv2)))
+        dh, dscale, dshift = norm2_back(dh)
         demb += film_back(xp.concatenate([dscale, dshift], 1), g.film)
-        dh = norm1_back(silu1_back(conv1_back(dh, g.conv1)), g.norm1)
-        return dh + skip_back(dy, getattr(g, "skip", None))
+        return dx + norm1_back(silu1_back(conv1_back(dh, g.conv1)), g.norm1)
     return h + skip, back
 
 
-def blocks(ps, x, emb, net, rng):
+def blocks(ps, x, emb, heads, drop):
     """Residual blocks one after the other, each followed by attention where it has some."""
     backs = []
     for p in ps:
-        x, res_back = res_block(p, x, emb, net.dropout, rng)
-        x, att_back = attention(p.attention, x, net.heads) if hasattr(p, "attention") else (x, None)
-        backs.append((res_back, att_back))
+        x, res_back = res_block(p, x, emb, drop)
+        attention_back = None
+        if hasattr(p, "attention"):
+            x, attention_back = attention(p.attention, x, heads)
+        backs.append((res_back, attention_back))
 
     def back(dy, gs, demb):
-        for (res_back, att_back), g in zip(reversed(backs), reversed(gs)):
-            dy = att_back(dy, g.attention) if att_back else dy
+        for (res_back, attention_back), g in zip(backs[::-1], gs[::-1]):
+            if attention_back:
+                dy = attention_back(dy, g.attention)
             dy = res_back(dy, g, demb)
         return dy
     return x, back
 
 
-def level(p, x, emb, net, rng):
-    """One level of the U and all below it: blocks; the level below on a picture of half the size;
-    blocks on its answer beside what we had."""
-    x, enter_back = blocks(p.enter, x, emb, net, rng)
+def level(p, x, emb, heads, drop):
+    """One level of the U and all below it: blocks; the level below, on a picture of half the
+    size; blocks on its answer, beside what we had (the skip connection)."""
+    x, enter_back = blocks(p.enter, x, emb, heads, drop)
     if not hasattr(p, "below"):
         return x, lambda dy, g, demb: enter_back(dy, g.enter, demb)
     h, down_back = down(x)
-    h, below_back = level(p.below, h, emb, net, rng)
+    h, below_back = level(p.below, h, emb, heads, drop)
     h, up_back = up(h)
-    C = h.shape[3]
-    y, leave_back = blocks(p.leave, xp.concatenate([h, x], 3), emb, net, rng)
+    y, leave_back = blocks(p.leave, xp.concatenate([h, x], 3), emb, heads, drop)
 
     def back(dy, g, demb):
-        dhx = leave_back(dy, g.leave, demb)
-        dh, dx = dhx[..., :C], dhx[..., C:]
+        dh, dx = xp.split(leave_back(dy, g.leave, demb), [h.shape[3]], axis=3)
         dx = dx + down_back(below_back(up_back(dh), g.below, demb))     # x went two ways
         return enter_back(dx, g.enter, demb)
     return y, back
 
 
-# The parameters, each with its shape and the standard deviation it starts from: (9 C)^-1/2 or
-# C^-1/2 keeps a product's variance that of its input. A block's last product starts at 0, so
-# that the block starts as the identity, and so does the network's: its first output is 0, and its
-# first loss the variance of the target, about 1 for eps.
+# The parameters: name, shape, and the standard deviation that they start from. C^-1/2 (of a
+# window, (9 C)^-1/2) makes a product's variance that of its input. What a block adds to x
+# starts at 0, and so does what the network answers: its first loss is the mean square of the
+# target, about 1 for eps.
 
 def linear_layout(C, D, gain=1.0):
     return {"w": ((C, D), gain * C ** -0.5), "b": ((D,), 0)}
@@ -780,56 +797,44 @@ def norm_layout(C):
     return {"scale": ((C,), 0), "shift": ((C,), 0)}
 
 
-def block_layout(C, D, E, attended):
-    block = {"norm1": norm_layout(C), "conv1": conv_layout(C, D), "film": linear_layout(E, 2 * D),
-             "conv2": conv_layout(D, D, gain=0)}
+def attention_layout(C):
+    return {"norm": norm_layout(C), "qkv": linear_layout(C, 3 * C),
+            "out": linear_layout(C, C, gain=0)}
+
+
+def block_layout(C, D, E, attended=False):
+    layout = {"norm1": norm_layout(C), "conv1": conv_layout(C, D),
+              "film": linear_layout(E, 2 * D), "conv2": conv_layout(D, D, gain=0)}
     if C != D:
-        block["skip"] = linear_layout(C, D)
+        layout["skip"] = linear_layout(C, D)
     if attended:
-        block["attention"] = {"norm": norm_layout(D), "qkv": linear_layout(D, 3 * D),
-                              "out": linear_layout(D, D, gain=0)}
-    return block
+        layout["attention"] = attention_layout(D)
+    return layout
 
 
-def unet_layout(image, channels, classes, blocks, attention, fold):
-    pixel, E = image[2] * (4 if fold else 1), 4 * channels[0]
+def level_layout(channels, blocks, attention, C, E):
+    """channels, blocks and attention: of this level, then of those below. C: coming in."""
+    D, rest = channels[0], channels[1:]
 
-    def level_layout(i, C):
-        D, attended = channels[i], i in attention
-
-        def row(C):
-            return [block_layout(C if j == 0 else D, D, E, attended) for j in range(blocks)]
-        if i + 1 == len(channels):
-            return {"enter": row(C) + row(D)}
-        return {"enter": row(C), "below": level_layout(i + 1, D), "leave": row(channels[i + 1] + D)}
-
-    return {"time1": linear_layout(channels[0], E), "time2": linear_layout(E, E),
-            **({"label": ((classes + 1, E), 1)} if classes else {}),
-            "stem": conv_layout(pixel, channels[0]), "top": level_layout(0, channels[0]),
-            "norm": norm_layout(channels[0]), "out": conv_layout(channels[0], pixel, gain=0)}
+    def row(C):
+        return [block_layout(C if i == 0 else D, D, E, attention[0]) for i in range(blocks[0])]
+    if not rest:
+        return {"enter": row(C) + row(D)}
+    return {"enter": row(C), "below": level_layout(rest, blocks[1:], attention[1:], D, E),
+            "leave": row(rest[0] + D)}
 
 
-class Tree:
-    """Names for the parts of one flat buffer: tree.stem.w is a view of tree.flat, and tree.stem
-    is a Tree with a .flat of its own. Zeroing, clipping, Adam, EMA and saving are then one line
-    each, on .flat. layout: dicts and lists down to (shape, initial deviation)."""
-
-    def __init__(self, layout, flat):
-        self.layout, self.flat, rest = layout, flat, flat
-
-        def view(part):
-            nonlocal rest
-            if isinstance(part, list):
-                return [view(one) for one in part]
-            size = sum(math.prod(shape) for shape, _ in leaves(part))
-            here, rest = rest[:size], rest[size:]
-            return Tree(part, here) if isinstance(part, dict) else here.reshape(part[0])
-        for name, part in layout.items():
-            setattr(self, name, view(part))
+def unet_layout(pixel, channels, blocks, attention, classes):
+    C, E = channels[0], 4 * channels[0]
+    label = {"label": ((classes + 1, E), 1)} if classes else {}
+    return {"time1": linear_layout(C, E), "time2": linear_layout(E, E), **label,
+            "stem": conv_layout(pixel, C),
+            "top": level_layout(channels, blocks, attention, C, E),
+            "norm": norm_layout(C), "out": conv_layout(C, pixel, gain=0)}
 
 
 def leaves(layout):
-    """The (shape, initial deviation) of every parameter, in the order of the flat buffer."""
+    """The (shape, deviation) of every parameter, in the order of the flat buffer."""
     if isinstance(layout, tuple):
         yield layout
     else:
@@ -837,138 +842,175 @@ def leaves(layout):
             yield from leaves(part)
 
 
+def size_of(layout):
+    return sum(math.prod(shape) for shape, _ in leaves(layout))
+
+
 def initial(layout, rng):
     """Starting values for a flat buffer, float64 on the host."""
-    return np.concatenate([std * rng.standard_normal(math.prod(shape)) for shape, std in leaves(layout)])
+    return np.concatenate([std * rng.standard_normal(math.prod(shape))
+                           for shape, std in leaves(layout)])
+
+
+class Tree:
+    """Names for the parts of one flat buffer: tree.stem.w is a view of tree.flat, and tree.stem
+    a Tree with a .flat of its own. Zeroing, clipping, Adam, EMA and saving are one line each,
+    on .flat. layout: dicts and lists down to (shape, deviation)."""
+
+    def __init__(self, layout, flat):
+        self.layout, self.flat, self._rest = layout, flat, flat
+        for name, part in layout.items():
+            setattr(self, name, self._take(part))
+
+    def _take(self, part):
+        if isinstance(part, list):
+            return [self._take(one) for one in part]
+        here, self._rest = self._rest[:size_of(part)], self._rest[size_of(part):]
+        return Tree(part, here) if isinstance(part, dict) else here.reshape(part[0])
 
 
 class UNet:
-    """The network: images (B, H, W, C), steps (B,) and labels (B,) to a prediction (B, H, W, C).
+    """The network: images (B, H, W, C), steps (B,), labels (B,) -> prediction (B, H, W, C).
 
-    image: (H, W, C), any size: inside, it is padded to a multiple of what the levels halve.
-    channels: of each level, the picture being halved from one to the next. classes: labels are
-    0..classes-1, and classes itself (.null) stands for none; 0 for a network without labels.
-    blocks: residual blocks on each side of each level. attention: the levels, 0 on top, whose
-    blocks end in self-attention, of so many heads. fold: 2x2 pixels become channels on the way in
-    and pixels again on the way out: a quarter of the work. rng: a Generator or a seed.
+    image: (H, W, C) of any size; inside, it is padded to what the levels can halve.
+    channels: of each level; the picture halves from one to the next.
+    blocks: residual blocks on each side of a level, one number for all levels or one for each.
+    classes: labels are 0..classes-1, and classes itself, .null, stands for none.
+    attention: the levels, 0 on top, whose blocks end in self-attention, and its heads.
+    fold: 2x2 pixels become channels on the way in, and again pixels on the way out; a quarter
+        of the work.
+    rng: a Generator or a seed, for the parameters.
     """
 
     def __init__(self, image=(28, 28, 1), channels=(32, 64), classes=10, blocks=1, attention=(),
                  heads=4, dropout=0.0, fold=False, rng=0, dtype=np.float32):
         image, channels, attention = tuple(image), tuple(channels), tuple(attention)
+        levels = len(channels)
+        blocks = (blocks,) * levels if isinstance(blocks, int) else tuple(blocks)
         if len(image) != 3 or min(image) < 1:
             raise ValueError(f"image is {image}; it has to be (height, width, channels)")
-        if not channels or min(channels) < 4 or channels[0] % 2:
-            raise ValueError(f"channels are {channels}; wanted is one number of at least 4 for each "
-                             "level, the first even")
+        if not channels or min(channels) < 1 or channels[0] % 2 or channels[0] < 4:
+            raise ValueError(f"channels are {channels}; they have to be one number for each "
+                             "level, the first even and at least 4")
+        if len(blocks) != levels or min(blocks) < 1:
+            raise ValueError(f"blocks are {blocks}; they have to be at least 1 at each level")
         for i in attention:
-            if not 0 <= i < len(channels) or channels[i] % heads:
-                raise ValueError(f"attention is at level {i} with {heads} heads; a level is one of "
-                                 f"0..{len(channels) - 1}, and its channels {channels} divide by heads")
-        if classes < 0 or blocks < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"classes, blocks and dropout are {classes}, {blocks} and {dropout}; "
-                             "they have to be >= 0, >= 1 and in [0, 1)")
+            if not 0 <= i < levels or channels[i] % whole("heads", heads):
+                raise ValueError(f"attention is at level {i} with {heads} heads; it has to be at one "
+                                 f"of 0..{levels - 1}, and its channels ({channels}) divide by heads")
+        if classes < 0 or not 0 <= dropout < 1:
+            raise ValueError(f"classes is {classes} and dropout {dropout}; they have to be at "
+                             "least 0, and from 0 to below 1")
         self.config = dict(image=image, channels=channels, classes=classes, blocks=blocks,
                            attention=attention, heads=heads, dropout=dropout, fold=fold)
         self.image, self.classes, self.null = image, classes, classes
         self.heads, self.dropout, self.fold = heads, dropout, fold
-        self.multiple = 2 ** (len(channels) - 1) * (2 if fold else 1)
-        self.layout = unet_layout(image, channels, classes, blocks, attention, fold)
-        self.params = Tree(self.layout, xp.asarray(initial(self.layout, np.random.default_rng(rng)), dtype))
-        self.grads = Tree(self.layout, xp.zeros_like(self.params.flat))
+        self.multiple = 2 ** (levels - 1) * (2 if fold else 1)
+        layout = unet_layout(image[2] * (4 if fold else 1), channels, blocks,
+                             [i in attention for i in range(levels)], classes)
+        values = xp.asarray(initial(layout, np.random.default_rng(rng)), dtype)
+        self.params = Tree(layout, values)
+        self.grads = Tree(layout, xp.zeros_like(values))
 
     def forward(self, x, t, y=None, rng=None):
-        """The prediction and back(dy), which adds to .grads and returns dx.
+        """The prediction, and back(dy), which adds to .grads and returns dx.
 
-        y: (B,) labels; None is the null label for all. An rng turns dropout on.
+        y: labels; None is the null label for all. An rng turns dropout on.
         """
-        t, y = self.checked(x, t, y)
+        t, y = self._checked(x, t, y)
         p, g = self.params, self.grads
-        H, W, C = self.image
-        pad_h, pad_w = -H % self.multiple, -W % self.multiple
         emb, embed_back = embed(p, t, y)
-        h = xp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0))) if pad_h or pad_w else x
-        h, stem_back = conv3x3(p.stem, fold(h) if self.fold else h)
-        h, top_back = level(p.top, h, emb, self, rng)
+        h, stem_back = conv3x3(p.stem, self._enter(x))
+        h, top_back = level(p.top, h, emb, self.heads, lambda h: dropout(h, self.dropout, rng))
         h, norm_back = norm(p.norm, h)
         h, silu_back = silu(h)
         h, out_back = conv3x3(p.out, h)
-        out = (unfold(h) if self.fold else h)[:, :H, :W]
 
         def back(dy):
-            dh = xp.pad(dy, ((0, 0), (0, pad_h), (0, pad_w), (0, 0))) if pad_h or pad_w else dy
-            dh = out_back(fold(dh) if self.fold else dh, g.out)
+            dh = out_back(self._enter(dy), g.out)
+            dh = norm_back(silu_back(dh), g.norm)
             demb = xp.zeros_like(emb)
-            dh = top_back(norm_back(silu_back(dh), g.norm), g.top, demb)
+            dh = top_back(dh, g.top, demb)
             embed_back(demb, g)
-            dh = stem_back(dh, g.stem)
-            return (unfold(dh) if self.fold else dh)[:, :H, :W]
-        return out, back
+            return self._leave(stem_back(dh, g.stem))
+        return self._leave(h), back
 
     def __call__(self, x, t, y=None):
         return self.forward(x, t, y)[0]
 
-    def checked(self, x, t, y):
-        """t and y as (B,) arrays on the device, once they are found to fit x and the network."""
-        if x.ndim != 4 or x.shape[1:] != self.image:
-            raise ValueError(f"x has shape {x.shape}; this network is for (B, *{self.image})")
-        if y is not None and not self.classes:
-            raise ValueError("y is given, but this network was made with classes=0")
-        if y is not None and isinstance(y, np.ndarray) and not np.all((0 <= y) & (y <= self.null)):
-            raise ValueError(f"labels run from {y.min()} to {y.max()}; they have to be in 0..{self.null}")
-        if self.classes and y is None:
-            y = self.null
-        return (xp.broadcast_to(xp.asarray(t), len(x)),
-                None if y is None else xp.broadcast_to(xp.asarray(y), len(x)))
+    # The way in pads with 0 and folds, the way out unfolds and crops: each other's backward.
+
+    def _enter(self, x):
+        pad = [(0, 0), *((0, -n % self.multiple) for n in self.image[:2]), (0, 0)]
+        x = xp.pad(x, pad) if np.any(pad) else x
+        return fold(x) if self.fold else x
+
+    def _leave(self, x):
+        x = unfold(x) if self.fold else x
+        return x[:, :self.image[0], :self.image[1]]
+
+    def _checked(self, x, t, y):
+        """t and y as (B,) arrays on the device, once they are found to fit."""
+        if x.shape[1:] != self.image:
+            raise ValueError(f"x has shape {x.shape}; it has to be (B, *{self.image})")
+        y = self.null if y is None else y
+        if not hasattr(y, "get"):       # on a GPU, looking at them would be waiting for them
+            y = np.asarray(y)
+            if not np.all((0 <= y) & (y <= self.null)):
+                raise ValueError(f"labels run from {y.min()} to {y.max()}; they have to be in "
+                                 f"0..{self.null}, where {self.null} stands for none")
+        return tuple(xp.broadcast_to(xp.asarray(a), len(x)) for a in (t, y))
 
     def twin(self, params=None):
-        """The same network on shared parameters, or on others (flat), with gradients of its own:
-        one for each thread, one for the EMA."""
-        other = copy.copy(self)
-        other.params = self.params if params is None else Tree(self.layout, params)
-        other.grads = Tree(self.layout, xp.zeros_like(self.params.flat))
+        """The same network on the same parameters, or on others (flat), with gradients of its
+        own: one for each thread, one for the EMA."""
+        other, layout = copy.copy(self), self.params.layout
+        other.params = self.params if params is None else Tree(layout, params)
+        other.grads = Tree(layout, xp.zeros_like(self.params.flat))
         return other
 
 
 def parallel(model, threads, chunk=16):
-    """The same model, its batch cut into chunks for so many threads to work through, on a CPU."""
+    """The same model, for a CPU: its arrays are cut into chunks for so many threads."""
     pool = ThreadPoolExecutor(threads)
 
     def model_in_parts(*arrays):
         cuts = [slice(i, i + chunk) for i in range(0, len(arrays[0]), chunk)]
-        return xp.concatenate(list(pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)))
+        outs = pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)
+        return np.concatenate(list(outs))
     return model_in_parts
 
 
-# ---------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------- training
 
 LOSSES = {      # of the error d, element by element: the loss and its slope
     "l2": lambda d: (d * d, 2 * d),
-    "l1": lambda d: (xp.abs(d), xp.sign(d)),
-    "huber": lambda d: (xp.where(xp.abs(d) < 1, d * d / 2, xp.abs(d) - 0.5), xp.clip(d, -1, 1)),
+    "l1": lambda d: (abs(d), xp.sign(d)),
+    "huber": lambda d: (xp.where(abs(d) < 1, d * d / 2, abs(d) - 0.5), xp.clip(d, -1, 1)),
 }
 
 
 class Adam:
-    """AdamW on one flat buffer (Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2)."""
+    """AdamW on one flat buffer (Loshchilov & Hutter 2019, 1711.05101, Algorithm 2)."""
 
     def __init__(self, params, betas=(0.9, 0.999), eps=1e-8):
         self.m, self.v, self.n = xp.zeros_like(params), xp.zeros_like(params), 0
         self.betas, self.eps = betas, eps
 
     def step(self, params, grads, lr, decay=0.0):
-        """Move params in place; decay is subtracted from them, not added to the gradient."""
+        """Move params in place. decay shrinks them directly, not through the gradient."""
         self.n += 1
         b1, b2 = self.betas
         self.m += (1 - b1) * (grads - self.m)
         self.v += (1 - b2) * (grads * grads - self.v)
-        m, v = self.m / (1 - b1 ** self.n), self.v / (1 - b2 ** self.n)     # undo the start at 0
+        m = self.m / (1 - b1 ** self.n)     # as means that started at 0, both are too small
+        v = self.v / (1 - b2 ** self.n)
         params -= lr * (m / (xp.sqrt(v) + self.eps) + decay * params)
 
 
 class EMA:
-    """A running mean of the parameters, which samples better than they do. Its decay grows to
-    `decay`, or the random start would stay in it for 1 / (1 - decay) steps."""
+    """A running mean of the parameters, .flat, which draws better than they do. Its decay grows
+    up to `decay`; fixed at 0.9999, it would be the random start for ten thousand steps."""
 
     def __init__(self, params, decay=0.999):
         self.flat, self.decay, self.n = params.copy(), decay, 0
@@ -980,7 +1022,7 @@ class EMA:
 
 @dataclass
 class State:
-    """What training changes beside the network's parameters: with them, all that resuming needs."""
+    """With the network's parameters, all that changes in training and that resuming needs."""
     adam: Adam
     ema: EMA
     rng: np.random.Generator
@@ -989,49 +1031,51 @@ class State:
     lr: float = 0.0             # of the last step
 
 
+def learning_rate(step, steps, highest, warmup):
+    """At step 0..steps-1: up to the highest over the warm-up, down to 0 along a cosine."""
+    rise = min(1, (step + 1) / warmup) if warmup else 1
+    return highest * rise * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="v", loss="l2",
           weighting="simple", lr=2e-3, warmup=100, decay=0.0, clip=1.0, ema=0.999, drop=0.1,
-          accumulate=1, threads=1, chunk=8, state=None):
-    """Train net to predict `kind` (DDPM Algorithm 1). A generator: it yields its State after every
-    step; draw with net.twin(state.ema.flat), and go on from a State that was saved by passing it.
+          accumulate=1, threads=1, chunk=16, state=None):
+    """Train net to predict `kind` (DDPM Algorithm 1, CFG Algorithm 1). A generator: it yields
+    its State after every step. Draw with net.twin(state.ema.flat); to go on, pass a saved State.
 
-    images: (N, H, W, C) floats in [-1, 1]; labels: (N,) integers, each replaced by the null label
-    with probability drop (CFG Algorithm 1). rng: a NumPy Generator or a seed. loss: "l2", "l1" or
-    "huber", weighted by diffusion.loss_weight(t, kind, weighting). The learning rate climbs to lr
-    over warmup steps and falls to 0 along a cosine. decay: AdamW's. clip: the largest norm of the
-    gradient. ema: the EMA's final decay. accumulate: batches to a step.
+    images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers, replaced by the null label at
+    a rate of drop. rng: a NumPy Generator or a seed. loss: "l2", "l1" or "huber", weighted by
+    diffusion.loss_weight(t, kind, weighting). lr, warmup: see learning_rate. decay: AdamW's.
+    clip: the gradient's largest norm. ema: the EMA's decay. accumulate: batches to a step.
 
-    On a CPU each batch is cut into `threads` parts, each worked through `chunk` images at a time so
-    that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1). A loss that
-    is not finite is a FloatingPointError, and leaves the parameters of the step before.
+    On a CPU each batch is cut over threads, and each part worked through chunk images at a
+    time, so that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1).
+    A loss that is not finite is a FloatingPointError, and the parameters are left at the step
+    before.
     """
     one_of("loss", loss, LOSSES)
-    one_of("weighting", weighting, ("simple", "snr", "min_snr"))
     one_of("kind", kind, KINDS)
-    images = xp.asarray(images, net.params.flat.dtype)
-    if images.shape[1:] != net.image or not len(images) or float(abs(images).max()) > 1.001:
-        raise ValueError(f"images have shape {images.shape} and sizes up to {float(abs(images).max()):.4g}; "
-                         f"wanted is (N, *{net.image}) in [-1, 1]")
-    if (labels is None) != (not net.classes) or labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels are {'missing' if labels is None else len(labels)} for {len(images)} "
-                         f"images and a network of {net.classes} classes")
-    labels = None if labels is None else asnumpy(labels)
-    state = state or State(Adam(net.params.flat), EMA(net.params.flat, ema), np.random.default_rng(rng))
-    rng, host = state.rng, xp is np
-    threads, chunk = (threads, chunk) if host else (1, batch)
+    one_of("weighting", weighting, WEIGHTINGS)
+    images, labels = training_data(net, images, labels)
+    state = state or State(Adam(net.params.flat), EMA(net.params.flat, ema),
+                           np.random.default_rng(rng))
+    rng, on_cpu = state.rng, xp is np
+    threads, chunk = (threads, chunk) if on_cpu else (1, batch)
     workers = [net.twin() for _ in range(threads)]
 
-    def gradient(net, rows, x0, t, y, eps, seed):
-        """Add the gradient of these rows' share of the loss to net.grads; return the share."""
-        total, dropout_rng = 0, np.random.default_rng(seed)
-        for rows in np.array_split(rows, -(-len(rows) // chunk)):
-            x, e, when = x0[rows], eps[rows], t[rows]
-            out, back = net.forward(diffusion.q_sample(x, when, e), when, y if y is None else y[rows], dropout_rng)
-            value, slope = LOSSES[loss](out - diffusion.target(x, e, when, kind))
-            weight = factor(diffusion.loss_weight(when, kind, weighting) / (accumulate * x0.size), x)
-            total += (weight * value).sum()
+    def gradient(worker, x0, t, y, eps, *seed):
+        """Add the gradient of these images' share of the mean loss; return the share."""
+        share, dropout_rng = 0, np.random.default_rng(seed)
+        for i in range(0, len(x0), chunk):
+            x, e, when = x0[i:i + chunk], eps[i:i + chunk], t[i:i + chunk]
+            xt, target = diffusion.q_sample(x, when, e), diffusion.target(x, e, when, kind)
+            out, back = worker.forward(xt, when, y[i:i + chunk], dropout_rng)
+            value, slope = LOSSES[loss](out - target)
+            weight = diffusion.loss_weight(when, kind, weighting)
+            weight = factor(weight / (accumulate * batch * math.prod(net.image)), x)
+            share += (weight * value).sum()
             back(weight * slope)
-        return total
+        return share
 
     with ThreadPoolExecutor(threads) as pool:
         while state.step < steps:
@@ -1040,25 +1084,44 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
             total = 0
             for _ in range(accumulate):
                 pick = rng.integers(len(images), size=batch)
-                t = rng.integers(1, diffusion.T + 1, batch)
-                y = None if labels is None else np.where(rng.random(batch) < drop, net.null, labels[pick])
+                t = rng.integers(1, diffusion.T + 1, size=batch)
+                y = np.where(rng.random(batch) < drop, net.null, labels[pick])
                 eps = normal(rng, (batch, *net.image), images.dtype)
-                jobs = [pool.submit(gradient, worker, rows, images[pick], t, y, eps, rng.integers(2 ** 63))
-                        for worker, rows in zip(workers, np.array_split(np.arange(batch), threads))]
-                total += sum(job.result() for job in jobs)
+                parts = (xp.array_split(images[pick], threads), np.array_split(t, threads),
+                         np.array_split(y, threads), xp.array_split(eps, threads))
+                seeds = [rng.integers(2 ** 63)] * threads, range(threads)
+                total += sum(pool.map(gradient, workers, *parts, *seeds))
             grads = sum(worker.grads.flat for worker in workers)
             norm = xp.sqrt(grads @ grads)
-            state.lr = lr * min(1, (state.step + 1) / warmup) * (1 + math.cos(math.pi * state.step / steps)) / 2
-            # A GPU would have to be waited for, so there the loss is looked at now and then.
-            if (host or state.step % 25 == 0) and not math.isfinite(float(total + norm)):
-                raise FloatingPointError(f"the loss is {float(total)} and the gradient's norm {float(norm)} at "
-                                         f"step {state.step + 1}, learning rate {state.lr:.3g}; try a lower one")
-            grads *= xp.minimum(1, clip / norm)
+            state.lr = learning_rate(state.step, steps, lr, warmup)
+            # A GPU would have to be waited for; there the loss is looked at now and then.
+            if (on_cpu or state.step % 50 == 0) and not math.isfinite(float(total + norm)):
+                raise FloatingPointError(
+                    f"the loss is {float(total)} and the gradient's norm {float(norm)} at "
+                    f"step {state.step + 1}, learning rate {state.lr:.3g}; try a lower one")
+            grads *= xp.minimum(1, clip / xp.maximum(norm, 1e-12))
             state.adam.step(net.params.flat, grads, state.lr, decay)
             state.ema.step(net.params.flat)
             state.loss = total
             state.step += 1
             yield state
+
+
+def training_data(net, images, labels):
+    """The images on the device and the labels on the host, once they are found to fit."""
+    images = xp.asarray(images, net.params.flat.dtype)
+    largest = float(abs(images).max()) if images.size else math.nan
+    if images.shape[1:] != net.image or not largest < 1.001:
+        raise ValueError(f"images have shape {images.shape} and sizes up to {largest:.4g}; they "
+                         f"have to be (N, *{net.image}) with values from -1 to 1")
+    if (labels is None) != (net.classes == 0):
+        raise ValueError(f"labels are {'missing' if labels is None else 'given'}, and the network "
+                         f"has {net.classes} classes")
+    labels = np.zeros(len(images), int) if labels is None else asnumpy(labels)
+    if labels.shape != images.shape[:1] or not np.all((0 <= labels) & (labels <= net.null)):
+        raise ValueError(f"labels have shape {labels.shape} and run from {labels.min()} to "
+                         f"{labels.max()}; they have to be {len(images)} of 0..{net.null}")
+    return images, labels
 
 
 FORMAT = "tinyddpm checkpoint 1"
@@ -1067,9 +1130,9 @@ FORMAT = "tinyddpm checkpoint 1"
 def save(path, net, state=None, **settings):
     """Write the network, and with a State all of a training run, to one .npz without pickle.
 
-    settings: anything JSON can hold, such as the schedule's name; load gives it back. The file is
-    whole or it is not there: it is written beside path and renamed. Parameters that are not finite
-    are a ValueError, so that the last good checkpoint stays.
+    settings: anything JSON can hold, such as the schedule's name; load gives it back. The file
+    is whole or it is not there: it is written beside path, then renamed. Numbers that are not
+    finite are a ValueError, and the last good checkpoint stays.
     """
     meta = {"format": FORMAT, "net": net.config, "settings": settings}
     arrays = {"params": net.params.flat}
@@ -1079,14 +1142,15 @@ def save(path, net, state=None, **settings):
         meta["state"] = {"step": state.step, "loss": float(state.loss), "lr": state.lr,
                          "adam": [adam.betas, adam.eps, adam.n], "ema": [ema.decay, ema.n],
                          "rng": state.rng.bit_generator.state}
+    meta["arrays"] = list(arrays)
     arrays = {name: asnumpy(a) for name, a in arrays.items()}
     for name, a in arrays.items():
         if not np.isfinite(a).all():
-            raise ValueError(f"{name} holds numbers that are not finite; {path} was left as it was")
+            raise ValueError(f"{name} is not finite everywhere; {path} was left as it was")
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, meta=json.dumps(meta), **arrays)
+            np.savez(file, meta=json.dumps(meta, default=np.ndarray.tolist), **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1096,35 +1160,37 @@ def save(path, net, state=None, **settings):
 
 
 def load(path):
-    """What save wrote: the network, the State (None where there was none) and the settings. A file
-    that is damaged or something else is a ValueError."""
+    """What save wrote: the network, the State (None where there was none), the settings. A file
+    that is damaged, or something else, is a ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        meta = json.loads(str(arrays["meta"]))
-        known = meta["format"] == FORMAT
+        meta = json.loads(str(arrays.pop("meta")))
+        format, _ = meta["format"], [arrays[name] for name in meta["arrays"]]
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged archive fails in many ways
+    except Exception as error:      # a damaged archive fails in many ways
         raise ValueError(f"{path} is not a tinyddpm checkpoint, or it is damaged "
-                         f"({type(error).__name__}: {error})") from error
-    if not known:
-        raise ValueError(f"{path} has the format {meta['format']!r}; this version reads {FORMAT!r}")
+                         f"({type(error).__name__}: {str(error)[:100]})") from error
+    if format != FORMAT:
+        raise ValueError(f"{path} has the format {format!r}; this version reads {FORMAT!r}")
     net = UNet(**meta["net"], dtype=arrays["params"].dtype)
-    for name in arrays.keys() - {"meta"}:
-        if arrays[name].shape != net.params.flat.shape:
-            raise ValueError(f"{path} does not fit together: {name} has shape {arrays[name].shape}, and "
-                             f"its network {net.params.flat.size} parameters")
-    net.params.flat[:] = xp.asarray(arrays["params"])
+    for name, a in arrays.items():
+        if a.shape != net.params.flat.shape:
+            raise ValueError(f"{path} does not fit together: {name} has shape {a.shape}, and "
+                             f"the network {net.params.flat.size} parameters")
+    arrays = {name: xp.asarray(a) for name, a in arrays.items()}
+    net.params.flat[:] = arrays["params"]
     if "state" not in meta:
         return net, None, meta["settings"]
     saved = meta["state"]
     betas, eps, n = saved["adam"]
-    adam, ema = Adam(net.params.flat, tuple(betas), eps), EMA(xp.asarray(arrays["ema"]), saved["ema"][0])
-    adam.m, adam.v, adam.n, ema.n = xp.asarray(arrays["m"]), xp.asarray(arrays["v"]), n, saved["ema"][1]
-    bits = getattr(np.random, saved["rng"]["bit_generator"])()
-    bits.state = saved["rng"]
-    state = State(adam, ema, np.random.Generator(bits), saved["step"], saved["loss"], saved["lr"])
+    adam, ema = Adam(net.params.flat, tuple(betas), eps), EMA(arrays["ema"], saved["ema"][0])
+    adam.m, adam.v, adam.n, ema.n = arrays["m"], arrays["v"], n, saved["ema"][1]
+    generator = getattr(np.random, saved["rng"]["bit_generator"])()
+    generator.state = saved["rng"]
+    state = State(adam, ema, np.random.Generator(generator), saved["step"], saved["loss"],
+                  saved["lr"])
     return net, state, meta["settings"]
 
 
@@ -1134,8 +1200,8 @@ def gradient_errors(layer, p, inputs, h=1e-5, directions=4):
     """Compare a layer's gradients with finite differences, in float64.
 
     layer(p, *inputs) -> y and back, where back(dy, g) adds to g and returns the gradient of the
-    input, or a tuple of them. For a random cotangent c, f = sum(c * y) is one number, which along a
-    random direction u changes by (f(h u) - f(-h u)) / 2h, and that has to be the sum of u * df.
+    input, or a tuple of them. For a random cotangent c, f = sum(c * y) is one number. Along a
+    random direction u it changes by (f(h u) - f(-h u)) / 2h, which has to be the sum of u * df.
     Yields (name of the gradient, relative error over the directions).
     """
     rng = np.random.default_rng(1)
@@ -1159,7 +1225,7 @@ def gradient_errors(layer, p, inputs, h=1e-5, directions=4):
             slope = (f[0] - f[1]) / (2 * h)
             wrong, size = wrong + (slope - float((u * da).sum())) ** 2, size + slope ** 2
         a[...] = start
-        yield name, (wrong / size) ** 0.5
+        yield name, (wrong / size if size else wrong) ** 0.5
 
 
 def gradient_table():
@@ -1170,7 +1236,7 @@ def gradient_table():
         return normal(rng, shape, np.float64)
 
     def tree(layout):
-        return Tree(layout, 0.3 * array(sum(math.prod(shape) for shape, _ in leaves(layout))))
+        return Tree(layout, 0.3 * array(size_of(layout)))       # no part of it 0
 
     def free(layer, *options):              # a layer without parameters
         def with_parameters(p, *inputs):
@@ -1179,7 +1245,7 @@ def gradient_table():
         return with_parameters
 
     def block(p, x, emb):
-        y, back = res_block(p, x, emb, 0, None)
+        y, back = res_block(p, x, emb, lambda h: dropout(h, 0.3, np.random.default_rng(1)))
 
         def back_both(dy, g):
             demb = xp.zeros_like(emb)
@@ -1197,15 +1263,16 @@ def gradient_table():
                 g.flat += net.grads.flat
                 return dx
             return y, back_into
-        net.params.flat[:] = 0.3 * array(net.params.flat.size)      # none of them 0
+        net.params.flat[:] = tree(net.params.layout).flat
         return layer, net.params, [array(3, *net.image)]
 
     x, none = array(2, 6, 4, 8), tree({})
     steps, labels = xp.asarray([1, 500]), xp.asarray([0, 3])
-    flat, folded = (UNet(image=(8, 8, 1), channels=(8, 12), classes=3, attention=(1,), dtype=np.float64),
-                    UNet(image=(11, 13, 3), channels=(8, 12, 16), classes=0, blocks=2, fold=True,
-                         dropout=0.2, dtype=np.float64))
-    block_table = block_layout(8, 12, 10, False)
+    flat = UNet(image=(8, 8, 1), channels=(8, 12), classes=3, attention=(1,), dtype=np.float64)
+    folded = UNet(image=(11, 13, 3), channels=(8, 12, 16), blocks=2, classes=0, dropout=0.2,
+                  fold=True, dtype=np.float64)
+    embed_layout = {"time1": linear_layout(8, 10), "time2": linear_layout(10, 10),
+                    "label": ((4, 10), 1)}
     cases = {
         "silu": (free(silu), none, [x]),
         "linear": (linear, tree(linear_layout(8, 5)), [x]),
@@ -1217,11 +1284,9 @@ def gradient_table():
         "unfold": (lambda p, x: (unfold(x), lambda dy, g: fold(dy)), none, [x]),
         "down": (free(down), none, [x]),
         "up": (free(up), none, [x]),
-        "attention": (lambda p, x: attention(p, x, 2),
-                      tree(block_layout(8, 8, 1, True)["attention"]), [x]),
-        "embed": (lambda p: embed(p, steps, labels), tree(
-            {"time1": linear_layout(8, 10), "time2": linear_layout(10, 10), "label": ((4, 10), 1)}), []),
-        "res_block": (block, tree(block_table), [x, array(2, 10)]),
+        "attention": (lambda p, x: attention(p, x, 2), tree(attention_layout(8)), [x]),
+        "embed": (lambda p: embed(p, steps, labels), tree(embed_layout), []),
+        "res_block": (block, tree(block_layout(8, 12, 10)), [x, array(2, 10)]),
         "U-Net": network(flat, xp.asarray([0, 2, 3])),
         "U-Net, folded": network(folded, None),
     }
@@ -1232,7 +1297,7 @@ def gradient_table():
 
 if __name__ == "__main__":
     worst = 0.0
-    print(f"{'layer':15}{'gradient by':13}relative error, against finite differences in float64")
+    print(f"{'layer':15}{'gradient by':13}relative error against finite differences, float64")
     for title, name, error in gradient_table():
         print(f"{title:15}{name:13}{error:.1e}{'' if error <= 1e-6 else '   WRONG'}")
         worst = max(worst, error if error == error else math.inf)

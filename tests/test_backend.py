@@ -48,13 +48,13 @@ def everything():
     model = td.guided(net, np.array([0, 2]), net.null, w=2.0, rescale=0.7)
     options = dict(kind="v", clip=td.dynamic_threshold)
     for variance in ("small", "large"):
-        found[f"ddpm {variance}"] = td.sample(
-            td.ddpm(model, diffusion, start, np.random.default_rng(3), variance=variance, **options))
+        found[f"ddpm {variance}"] = td.sample(td.ddpm(
+            model, diffusion, start, np.random.default_rng(3), variance=variance, **options))
     for eta in (0.0, 0.5):
         found[f"ddim {eta}"] = td.sample(
             td.ddim(model, diffusion, start, np.random.default_rng(3), 7, eta, **options))
     x0 = td.xp.round(td.xp.clip(start, -1, 1) * 127.5 - 0.5) / 127.5 + 1 / 255
-    bits = diffusion.bits_per_dim(lambda x, t: net(x, t), x0, np.random.default_rng(4), kind="v")
+    bits = diffusion.bits_per_dim(net, x0, np.random.default_rng(4), kind="v")
     found |= {f"bits {name}": td.xp.asarray(value) for name, value in bits.items()}
     return {name: td.asnumpy(a) for name, a in found.items()}
 
@@ -62,7 +62,7 @@ def everything():
 # ------------------------------------------------------------------------------- the choice
 
 class FakeArray:
-    """What a backend's ones((2, 2)) gives: its product with itself sums to `total`, or fails."""
+    """What a backend's ones((2, 2)) gives: its product with itself sums to `total` or fails."""
 
     def __init__(self, total):
         self.total = total
@@ -134,7 +134,8 @@ def run_python(*arguments, **variables):
 
 
 def test_the_environment_variable_chooses():
-    ran = run_python("-c", "import tinyddpm; print(tinyddpm.xp.__name__)", TINYDDPM_BACKEND="numpy")
+    ran = run_python("-c", "import tinyddpm; print(tinyddpm.xp.__name__)",
+                     TINYDDPM_BACKEND="numpy")
     assert ran.stdout == "numpy\n", ran.stderr
     ran = run_python("-c", "import tinyddpm", TINYDDPM_BACKEND="abacus")
     assert ran.returncode and "ValueError: TINYDDPM_BACKEND is 'abacus'" in ran.stderr
@@ -161,7 +162,7 @@ def test_normal_is_the_generator_s():
 # ------------------------------------------------------------------------- names in CuPy
 
 def dotted(node):
-    """"lib.stride_tricks.as_strided" of xp.lib.stride_tricks.as_strided, None of anything else."""
+    """lib.stride_tricks.as_strided of xp.lib.stride_tricks.as_strided; None of all else."""
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
@@ -171,7 +172,7 @@ def dotted(node):
 
 
 NODES = list(ast.walk(ast.parse(SOURCE.read_text())))
-CALLS = {}                                              # the name, and every keyword given to it
+CALLS = {}                                      # each name, and every keyword given to it
 for node in NODES:
     if isinstance(node, ast.Attribute) and dotted(node):
         CALLS.setdefault(dotted(node), set())

@@ -150,7 +150,7 @@ def test_a_file_cut_short(plain):
 
 
 def flip(plain, bits):
-    """Load the file with one bit turned over, each in turn: refused, or the right parameters."""
+    """Load the file with one bit turned over, each in turn: refused, or rightly read."""
     path, whole, params = plain
     for bit in bits:
         damaged = bytearray(whole)
@@ -196,7 +196,8 @@ def rewritten(path, **changes):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"not an archive", pickle.dumps({"params": np.zeros(3)})], ids=["empty", "text", "pickle"])
+    b"", b"not an archive", pickle.dumps({"params": np.zeros(3)})],
+    ids=["empty", "text", "pickle"])
 def test_another_kind_of_file(content, tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
     refused(tmp_path / "a.npz")

@@ -182,7 +182,8 @@ def slow_res_block(p, x, emb):
     h = slow_conv(p.conv1, slow_silu(slow_norm(p.norm1, x)))
     scale, shift = np.split(slow_linear(p.film, emb), 2, axis=1)
     h = slow_group_norm(h, scale, shift, math.gcd(8, h.shape[3]))
-    return slow_conv(p.conv2, slow_silu(h)) + (slow_linear(p.skip, x) if hasattr(p, "skip") else x)
+    h = slow_conv(p.conv2, slow_silu(h))
+    return h + (slow_linear(p.skip, x) if hasattr(p, "skip") else x)
 
 
 SLOW = {"silu": lambda p, x: slow_silu(x), "linear": slow_linear, "linear, rows": slow_linear,
@@ -207,6 +208,22 @@ def test_attention_is_a_weighted_mean_in_each_head(shape):
     close(layer(p, x)[0], slow_attention(p, x, shape.heads))
 
 
+def test_conv3x3_takes_a_few_images_at_a_time():
+    """What it does in portions, for the cache, is what it does image by image. Five images of
+    this size are more than one portion, and not a whole number of them."""
+    layer, p, (x,), g = build("conv3x3", Shape(5, 16, 16, 32, 32))
+    assert 1 < sum(1 for _ in td.windows(x)) < 5
+    y, back = layer(p, x)
+    dx, sums = back(y, g), np.zeros_like(g.flat)
+    for i in range(5):
+        one = slice(i, i + 1)
+        yi, back = layer(p, x[one])
+        gi = td.Tree(g.layout, sums)                    # each image adds its part
+        close(yi, y[one])
+        close(back(y[one], gi), dx[one], 1e-9)
+    close(g.flat, sums, 1e-9)
+
+
 def test_attention_weights_survive_large_logits():
     """exp(1000) overflows; the softmax must not."""
     layer, p, (x,), _ = build("attention")
@@ -222,7 +239,7 @@ def test_silu_does_not_overflow():
         close(back(np.ones(3)), [0, 0.5, 1])
 
 
-@pytest.mark.parametrize("C, groups", [(1, 1), (4, 4), (6, 2), (8, 8), (12, 4), (16, 8), (24, 8)])
+@pytest.mark.parametrize("C, groups", [(1, 1), (4, 4), (6, 2), (8, 8), (12, 4), (24, 8)])
 def test_group_norm_takes_the_greatest_common_divisor(C, groups):
     """Eight groups where eight divides the channels, else the most that do of 8's divisors."""
     x, zero = np.random.default_rng(0).standard_normal((2, 3, 3, C)), np.zeros((2, C))
@@ -371,7 +388,8 @@ def silu(x, right=silu):
 if __name__ == "__main__":"""
 
 
-@pytest.mark.parametrize("factor, passes", [("1", True), ("1.0001", False), ("math.nan", False)])
+@pytest.mark.parametrize("factor, passes",
+                         [("1", True), ("1.0001", False), ("math.nan", False)])
 def test_the_script_fails_where_a_layer_is_wrong(factor, passes, tmp_path):
     """`python tinyddpm.py`, in a copy where silu's gradient is off by a factor."""
     start = '\nif __name__ == "__main__":'

@@ -1,7 +1,7 @@
 """The optimiser, the running mean, the losses and the loop, each against its formula.
 
-Where a network would only be in the way, a Stub stands for it: one whose answer and gradient are
-known, and which notes what it was asked.
+Where a network would only be in the way, a Stub stands for it: one whose answer and gradient
+are known, and which notes what it was asked.
 """
 import copy
 import math
@@ -19,7 +19,7 @@ IMAGE = (2, 3, 1)
 
 
 class Stub:
-    """A network that answers 0 and whose gradient, by n parameters, is `slope` at every call."""
+    """A network that answers 0 and whose gradient by its parameters is always `slope`."""
     image, null = IMAGE, 3
 
     def __init__(self, slope=(1.0,), classes=0):
@@ -106,7 +106,7 @@ def test_adam_moves_in_place_and_by_the_rate():
 
 
 def test_ema_warms_up():
-    """The n-th mean keeps (1 + n) / (10 + n) of itself, n = 0, 1, ..., and at most its decay."""
+    """The n-th mean, n = 0, 1, ..., keeps (1 + n) / (10 + n) of itself, at most its decay."""
     ema, p = td.EMA(np.zeros(1), decay=0.6), 0.0
     for n in range(30):
         keep = min(0.6, (1 + n) / (10 + n))
@@ -145,7 +145,7 @@ def test_slopes_of_the_losses(loss, d):
 @pytest.mark.parametrize("kind", td.KINDS)
 @pytest.mark.parametrize("loss, weighting, labels, accumulate", [
     ("l2", "simple", False, 1), ("huber", "snr", True, 2), ("l1", "min_snr", True, 1)])
-def test_the_loop_s_gradient_is_the_slope_of_its_loss(kind, loss, weighting, labels, accumulate):
+def test_the_gradient_is_the_slope_of_the_loss(kind, loss, weighting, labels, accumulate):
     """Of a first step with one seed the loss is a function of the parameters, and a first
     moment of Adam a tenth of the gradient. Everything between the draws and Adam is in it."""
     net, u = small(classes=3 * labels), np.random.default_rng(3).standard_normal
@@ -153,8 +153,9 @@ def test_the_loop_s_gradient_is_the_slope_of_its_loss(kind, loss, weighting, lab
 
     def first(shift):
         net.params.flat[:] = start + shift * u
-        return trained(net, data()[1] if labels else None, steps=1, batch=6, kind=kind, loss=loss,
-                       weighting=weighting, accumulate=accumulate, clip=math.inf, chunk=4)
+        return trained(net, data()[1] if labels else None, steps=1, batch=6, kind=kind,
+                       loss=loss, weighting=weighting, accumulate=accumulate, clip=math.inf,
+                       chunk=4)
     gradient = first(0).adam.m / 0.1
     slope = (float(first(h).loss) - float(first(-h).loss)) / (2 * h)
     close(gradient @ u, slope, 1e-5)
@@ -223,7 +224,7 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("clip, factor", [(1.0, 0.2), (4.0, 0.8), (5.5, 1), (math.inf, 1)])
 def test_clipping_by_the_norm_of_the_whole_gradient(clip, factor):
-    """The gradient (3, 0, -4) has norm 5. Adam's first moment is a tenth of what it is given."""
+    """The gradient (3, 0, -4) has norm 5. Adam's first moment is a tenth of what it gets."""
     state = trained(Stub((3.0, 0.0, -4.0)), steps=1, batch=8, clip=clip)
     close(state.adam.m / 0.1, factor * np.array([3, 0, -4]))
 
@@ -233,8 +234,8 @@ def test_decay_and_ema_reach_their_places():
     stub = Stub((0.0,))
     stub.params.flat[:] = 1
     with np.errstate(divide="ignore"):                  # clip / 0 is infinite, and 1 is smaller
-        states = td.train(stub, DIFFUSION, data()[0], steps=2, lr=0.1, warmup=1, decay=0.5, ema=0.05)
-        first = next(states)
+        first = next(td.train(stub, DIFFUSION, data()[0], steps=2, lr=0.1, warmup=1, decay=0.5,
+                              ema=0.05))
     close(stub.params.flat, 1 - first.lr * 0.5)
     close(first.ema.flat, 0.05 * 1 + 0.95 * stub.params.flat)
 
