@@ -326,7 +326,7 @@ def speed(args):
     """DDPM with all steps against DDIM with 10, 20 and 50 and eta 0, 0.5 and 1: time and picture."""
     model = Model(args.out)
     labels = np.arange(model.net.classes)
-    runs = [("ddpm", model.diffusion.T, None)] + [("ddim", n, eta) for n in (10, 20, 50) for eta in (0, 0.5, 1)]
+    runs = [("ddpm", args.full, None)] + [("ddim", n, eta) for n in (10, 20, 50) for eta in (0, 0.5, 1)]
     rows, names, times = [], [], []
     for sampler, steps, eta in runs:
         began = time.perf_counter()
@@ -422,37 +422,38 @@ def bpd(args):
 
 # ------------------------------------------------------------------------ score: a classifier
 
-def classifier_layout(channels, classes):
-    widths = (channels, 16, 32, 64)
-    return {"stages": [{"conv": td.conv_layout(c, d), "norm": td.norm_layout(d)}
-                       for c, d in zip(widths, widths[1:])], "out": td.linear_layout(widths[-1], classes)}
+def classifier_layout(image, classes):
+    H, W, C = image
+    stages = [{"conv": td.conv_layout(c, d), "norm": td.norm_layout(d)} for c, d in ((C, 16), (16, 32), (32, 64))]
+    return {"stages": stages, "features": td.linear_layout(H // 4 * (W // 4) * 64, 64),
+            "out": td.linear_layout(64, classes)}
 
 
 def classify(p, x):
     """Images (B, H, W, C) -> 64 features each, logits, and back. Three convolutions, the picture
-    halved between them, and the mean over what is left of it."""
+    halved between them, then two linear layers."""
     backs = []
     for i, stage in enumerate(p.stages):
-        x, down_back = td.down(x) if i else (x, lambda dy: None)
+        x, down_back = td.down(x) if i else (x, lambda dy: None)    # images need no gradient
         x, conv_back = td.conv3x3(stage.conv, x)
         x, norm_back = td.norm(stage.norm, x)
         x, silu_back = td.silu(x)
         backs.append((silu_back, norm_back, conv_back, down_back))
-    B, H, W, C = x.shape
-    features = x.mean((1, 2))
+    h, features_back = td.linear(p.features, x.reshape(len(x), -1))
+    features, silu_back = td.silu(h)
     logits, out_back = td.linear(p.out, features)
 
     def back(dlogits, g):
-        dx = xp.broadcast_to(out_back(dlogits, g.out)[:, None, None] / (H * W), x.shape)
-        for (silu_back, norm_back, conv_back, down_back), gs in zip(backs[::-1], g.stages[::-1]):
-            dx = down_back(conv_back(norm_back(silu_back(dx), gs.norm), gs.conv))
+        dx = features_back(silu_back(out_back(dlogits, g.out)), g.features).reshape(x.shape)
+        for (silu_back_, norm_back, conv_back, down_back), gs in zip(backs[::-1], g.stages[::-1]):
+            dx = down_back(conv_back(norm_back(silu_back_(dx), gs.norm), gs.conv))
     return features, logits, back
 
 
-def train_classifier(images, labels, epochs=8, batch=100, top_lr=4e-3):
+def train_classifier(images, labels, epochs=5, batch=50, lr=2e-3):
     """The classifier's parameters after `epochs` of cross-entropy, a Tree."""
     rng = np.random.default_rng(0)
-    layout = classifier_layout(images.shape[3], int(labels.max()) + 1)
+    layout = classifier_layout(images.shape[1:], int(labels.max()) + 1)
     p = td.Tree(layout, xp.asarray(td.initial(layout, rng), np.float32))
     g = td.Tree(layout, xp.zeros_like(p.flat))
     adam, step, steps = td.Adam(p.flat), 0, epochs * (len(images) // batch)
@@ -466,7 +467,7 @@ def train_classifier(images, labels, epochs=8, batch=100, top_lr=4e-3):
                 e = xp.exp(logits - logits.max(1, keepdims=True))
                 onehot = xp.eye(logits.shape[1], dtype=logits.dtype)[xp.asarray(labels[rows])]
                 back((e / e.sum(1, keepdims=True) - onehot) / batch, g)     # of the mean -log p(label)
-                adam.step(p.flat, g.flat, top_lr * (1 + math.cos(math.pi * step / steps)) / 2)
+                adam.step(p.flat, g.flat, td.learning_rate(step, steps, lr, warmup=50), decay=0.01)
                 step += 1
                 bar.update(batch)
     return p
@@ -477,7 +478,7 @@ def load_classifier(args):
     images, labels = load_digits(args.data, "train")
     images = four(images)
     path, key = args.out / "classifier.npz", crc(images)
-    layout = classifier_layout(images.shape[3], int(labels.max()) + 1)
+    layout = classifier_layout(images.shape[1:], int(labels.max()) + 1)
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) == key:
@@ -550,46 +551,46 @@ def number(kind, low, high=math.inf):
 
 
 def parser():
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
     def command(function, *options):
         sub = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0],
-                                  description=function.__doc__, formatter_class=Formatter)
+                                  description=function.__doc__)
         sub.set_defaults(run=function)
-        sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
-                         help="where the checkpoint is and the pictures go")
-        for flag, settings in options:
+        for flag, settings in (out, *options):
             sub.add_argument(flag, **settings)
 
-    def option(flag, help, **settings):
-        return flag, dict(help=help, **settings)
+    def option(flag, help, shown=None, **settings):
+        shown = settings.get("default") if shown is None else shown
+        if isinstance(shown, (list, tuple)):
+            shown = " ".join(map(str, shown))
+        return flag, dict(help=help if shown is None else f"{help} (default: {shown})", **settings)
 
     whole, share = number(int, 1), number(float, 0, 1)
-    data = option("--data", "directory of MNIST, Fashion-MNIST, ... files", type=Path, default=HERE / "data", metavar="DIR")
+    out = option("--out", "where the checkpoint is and the pictures go", type=Path, default=Path("out"),
+                 metavar="DIR")
+    data = option("--data", "directory of MNIST, Fashion-MNIST, ... files, gzipped or not", type=Path,
+                  default=HERE / "data", shown="the bundled digits", metavar="DIR")
     seed = option("--seed", "of the noise", type=number(int, 0), default=0, metavar="N")
     drawing = [option("--sampler", "ddim, or ddpm", choices=("ddim", "ddpm"), default="ddim"),
-               option("--steps", "calls of the network; without it 50, or with ddpm all", type=whole, metavar="N"),
+               option("--steps", "calls of the network", shown="50, or all of them with ddpm", type=whole, metavar="N"),
                option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share, default=0.0)]
     command(train, data,
-            option("--steps", f"steps of training (default: {STEPS})", type=whole, metavar="N"),
-            option("--batch", f"images a step (default: {BATCH})", type=whole, metavar="N"),
-            option("--lr", f"highest learning rate (default: {TRAINING['lr']})", type=number(float, 0), metavar="X"),
-            option("--channels", f"of each level (default: {' '.join(map(str, NETWORK['channels']))})",
-                   type=whole, nargs="+", metavar="C"),
-            option("--seed", "of the parameters, the training and the samples (default: 0)",
+            option("--steps", "steps of training", shown=STEPS, type=whole, metavar="N"),
+            option("--batch", "images a step", shown=BATCH, type=whole, metavar="N"),
+            option("--lr", "highest learning rate", shown=TRAINING["lr"], type=number(float, 0), metavar="X"),
+            option("--channels", "of each level", shown=NETWORK["channels"], type=whole, nargs="+", metavar="C"),
+            option("--seed", "of the parameters, the training and the samples", shown=0,
                    type=number(int, 0), metavar="N"),
             option("--fresh", "start over, and replace the checkpoint", action="store_true"))
     command(sample, *drawing, seed,
-            option("--digits", "which to draw, a column each (default: all)", type=int, nargs="+", metavar="D"),
-            option("--count", "how many images (default: 10 a digit)", type=whole, metavar="N"),
+            option("--digits", "which to draw, a column each", shown="all", type=int, nargs="+", metavar="D"),
+            option("--count", "how many images", shown="10 a digit", type=whole, metavar="N"),
             option("--guidance", "weight w: 0 ignores the labels, 1 follows them, more insists",
                    type=float, default=DRAWING["guidance"], metavar="W"),
             option("--save", "write all images and labels here, .npz", type=Path, metavar="FILE"))
-    command(speed, seed)
+    command(speed, seed, option("--full", "steps of DDPM", type=whole, default=T, metavar="N"))
     command(guidance, seed)
     command(score, data, *drawing, seed,
             option("--count", "samples of each", type=number(int, 100), default=1000, metavar="N"),
@@ -601,7 +602,7 @@ def parser():
             option("--schedule", "of the noise", choices=list(td.SCHEDULES), default="linear"))
     command(schedules, data, seed)
     command(download,
-            option("--data", "directory to fill", type=Path, default=HERE / "mnist", metavar="DIR"),
+            option("--data", "directory to fill", type=Path, default=Path("mnist"), metavar="DIR"),
             option("--url", "where the four .gz files are", default=MNIST_URL))
     return top, commands.choices
 

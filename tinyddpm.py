@@ -188,8 +188,8 @@ def checked_betas(betas):
         raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
                          "every beta lies above 0 and at most at 1")
     if np.any(betas[:-1] == 1):
-        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may be, "
-                         "as no signal is left after it")
+        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may "
+                         "be, as no signal is left after it")
     return betas
 
 
@@ -237,8 +237,8 @@ class Diffusion:
         t = self._checked(t, x0, xt)
         s = t - 1 if s is None else np.asarray(s)
         if s.shape != t.shape or s.dtype.kind not in "iu" or not np.all((0 <= s) & (s < t)):
-            raise ValueError(f"s is {s} and t is {t}; the step to go back to has to be an integer "
-                             "of 0..t-1, one for each t")
+            raise ValueError(f"s is {s} and t is {t}; the step to go back to has to be an "
+                             "integer of 0..t-1, one for each t")
         abar, abar_s = self.abar[t], self.abar[s]
         alpha = abar / abar_s
         of_x0 = abar_s ** 0.5 * (1 - alpha) / (1 - abar)
@@ -335,10 +335,10 @@ class Diffusion:
                                  "(B, ...)")
         t = asnumpy(t)
         if t.dtype.kind not in "iu" or t.ndim > 1 or not np.all((1 <= t) & (t <= self.T)):
-            raise ValueError(f"t is {t}; it has to be an integer of 1..{self.T}, or (B,) of them")
+            raise ValueError(f"t is {t}; it has to be one integer, or (B,), of 1..{self.T}")
         if t.ndim and arrays and t.shape != arrays[0].shape[:1]:
-            raise ValueError(f"t has shape {t.shape} for arrays of shape {arrays[0].shape}; it has "
-                             f"to be one integer, or one for each of the {len(arrays[0])} images")
+            raise ValueError(f"t has shape {t.shape} for arrays of shape {arrays[0].shape}; it "
+                             f"has to be one integer, or {len(arrays[0])}, one for each image")
         return t if t.ndim else t[()]
 
 
@@ -439,8 +439,8 @@ def walk(model, diffusion, x, steps, spacing, kind, clip, step):
     route = [int(t) for t in steps] + [0]
     if (len(route) < 2 or route[:-1] != list(steps) or route[0] > diffusion.T
             or any(s >= t for t, s in zip(route, route[1:]))):
-        raise ValueError(f"steps are {list(steps)}; they have to be integers that descend within "
-                         f"{diffusion.T}..1")
+        raise ValueError(f"steps are {list(steps)}; they have to be integers that descend "
+                         f"within {diffusion.T}..1")
 
     def run(x):
         for t, s in zip(route, route[1:]):
@@ -764,18 +764,20 @@ def blocks(ps, x, emb, heads, drop):
 
 def level(p, x, emb, heads, drop):
     """One level of the U and all below it: blocks; the level below, on a picture of half the
-    size; blocks on its answer, beside what we had (the skip connection)."""
+    size; blocks on the sum of its answer and what we had (the skip connection)."""
     x, enter_back = blocks(p.enter, x, emb, heads, drop)
     if not hasattr(p, "below"):
         return x, lambda dy, g, demb: enter_back(dy, g.enter, demb)
     h, down_back = down(x)
     h, below_back = level(p.below, h, emb, heads, drop)
+    h, match_back = linear(p.match, h)      # to as many channels as x has
     h, up_back = up(h)
-    y, leave_back = blocks(p.leave, xp.concatenate([h, x], 3), emb, heads, drop)
+    y, leave_back = blocks(p.leave, h + x, emb, heads, drop)
 
     def back(dy, g, demb):
-        dh, dx = xp.split(leave_back(dy, g.leave, demb), [h.shape[3]], axis=3)
-        dx = dx + down_back(below_back(up_back(dh), g.below, demb))     # x went two ways
+        dx = leave_back(dy, g.leave, demb)
+        dh = match_back(up_back(dx), g.match)
+        dx = dx + down_back(below_back(dh, g.below, demb))      # x went two ways
         return enter_back(dx, g.enter, demb)
     return y, back
 
@@ -821,7 +823,7 @@ def level_layout(channels, blocks, attention, C, E):
     if not rest:
         return {"enter": row(C) + row(D)}
     return {"enter": row(C), "below": level_layout(rest, blocks[1:], attention[1:], D, E),
-            "leave": row(rest[0] + D)}
+            "match": linear_layout(rest[0], D), "leave": row(D)}
 
 
 def unet_layout(pixel, channels, blocks, attention, classes):
@@ -886,18 +888,19 @@ class UNet:
                  heads=4, dropout=0.0, fold=False, rng=0, dtype=np.float32):
         image, channels, attention = tuple(image), tuple(channels), tuple(attention)
         levels = len(channels)
-        blocks = (blocks,) * levels if isinstance(blocks, int) else tuple(blocks)
+        blocks = (blocks,) * levels if np.ndim(blocks) == 0 else tuple(blocks)
         if len(image) != 3 or min(image) < 1:
             raise ValueError(f"image is {image}; it has to be (height, width, channels)")
         if not channels or min(channels) < 1 or channels[0] % 2 or channels[0] < 4:
             raise ValueError(f"channels are {channels}; they have to be one number for each "
                              "level, the first even and at least 4")
-        if len(blocks) != levels or min(blocks) < 1:
+        if len(blocks) != levels or not all(isinstance(n, (int, np.integer)) and n >= 1
+                                            for n in blocks):
             raise ValueError(f"blocks are {blocks}; they have to be at least 1 at each level")
         for i in attention:
             if not 0 <= i < levels or channels[i] % whole("heads", heads):
-                raise ValueError(f"attention is at level {i} with {heads} heads; it has to be at one "
-                                 f"of 0..{levels - 1}, and its channels ({channels}) divide by heads")
+                raise ValueError(f"attention is at level {i} with {heads} heads; levels are "
+                                 f"0..{levels - 1}, and heads have to divide their {channels}")
         if classes < 0 or not 0 <= dropout < 1:
             raise ValueError(f"classes is {classes} and dropout {dropout}; they have to be at "
                              "least 0, and from 0 to below 1")
@@ -956,9 +959,9 @@ class UNet:
         y = self.null if y is None else y
         if not hasattr(y, "get"):       # on a GPU, looking at them would be waiting for them
             y = np.asarray(y)
-            if not np.all((0 <= y) & (y <= self.null)):
-                raise ValueError(f"labels run from {y.min()} to {y.max()}; they have to be in "
-                                 f"0..{self.null}, where {self.null} stands for none")
+            if y.dtype.kind not in "iu" or not np.all((0 <= y) & (y <= self.null)):
+                raise ValueError(f"labels are {y.dtype} from {y.min()} to {y.max()}; they have "
+                                 f"to be integers of 0..{self.null}, {self.null} being none")
         return tuple(xp.broadcast_to(xp.asarray(a), len(x)) for a in (t, y))
 
     def twin(self, params=None):
@@ -1041,7 +1044,7 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
           weighting="simple", lr=2e-3, warmup=100, decay=0.0, clip=1.0, ema=0.999, drop=0.1,
           accumulate=1, threads=1, chunk=16, state=None):
     """Train net to predict `kind` (DDPM Algorithm 1, CFG Algorithm 1). A generator: it yields
-    its State after every step. Draw with net.twin(state.ema.flat); to go on, pass a saved State.
+    its State after every step. Draw with net.twin(state.ema.flat); to go on, pass the State.
 
     images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers, replaced by the null label at
     a rate of drop. rng: a NumPy Generator or a seed. loss: "l2", "l1" or "huber", weighted by
@@ -1056,6 +1059,9 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
     one_of("loss", loss, LOSSES)
     one_of("kind", kind, KINDS)
     one_of("weighting", weighting, WEIGHTINGS)
+    for name, n in {"batch": batch, "accumulate": accumulate, "threads": threads,
+                    "chunk": chunk}.items():
+        whole(name, n)
     images, labels = training_data(net, images, labels)
     state = state or State(Adam(net.params.flat), EMA(net.params.flat, ema),
                            np.random.default_rng(rng))
@@ -1112,15 +1118,18 @@ def training_data(net, images, labels):
     images = xp.asarray(images, net.params.flat.dtype)
     largest = float(abs(images).max()) if images.size else math.nan
     if images.shape[1:] != net.image or not largest < 1.001:
-        raise ValueError(f"images have shape {images.shape} and sizes up to {largest:.4g}; they "
-                         f"have to be (N, *{net.image}) with values from -1 to 1")
+        raise ValueError(f"images have shape {images.shape} and sizes up to {largest:.4g}; "
+                         f"they have to be (N, *{net.image}) with values from -1 to 1")
     if (labels is None) != (net.classes == 0):
-        raise ValueError(f"labels are {'missing' if labels is None else 'given'}, and the network "
-                         f"has {net.classes} classes")
+        raise ValueError(f"labels are {'missing' if labels is None else 'given'}, and the "
+                         f"network has {net.classes} classes")
     labels = np.zeros(len(images), int) if labels is None else asnumpy(labels)
-    if labels.shape != images.shape[:1] or not np.all((0 <= labels) & (labels <= net.null)):
-        raise ValueError(f"labels have shape {labels.shape} and run from {labels.min()} to "
-                         f"{labels.max()}; they have to be {len(images)} of 0..{net.null}")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype} {labels.shape}; they have to be "
+                         f"{len(images)} integers, one for each image")
+    if not np.all((0 <= labels) & (labels <= net.null)):
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; they have to be "
+                         f"integers of 0..{net.null}, {net.null} being none")
     return images, labels
 
 

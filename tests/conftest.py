@@ -1,4 +1,4 @@
-"""What all tests share: one BLAS thread, the markers `slow` and `gpu`, deterministic hypothesis."""
+"""For all tests: one BLAS thread, the markers `slow` and `gpu`, deterministic hypothesis."""
 import os
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes longer than a few seconds; runs with --slow")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
     config.addinivalue_line("markers", "gpu: needs CuPy and a GPU")
 
 

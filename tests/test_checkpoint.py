@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, resuming to the bit, damage of every kind, and that a failed
 save leaves the last good file as it was."""
+import json
 import pickle
 import zipfile
 
@@ -10,8 +11,8 @@ import tinyddpm as td
 
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 DIFFUSION = td.Diffusion(td.linear_betas(10, 0.01, 0.3))
-CONFIG = dict(image=(2, 3, 1), channels=(4, 8), classes=3, blocks=1, attention=(1,), heads=2,
-              dropout=0.2, fold=True)
+CONFIG = dict(image=(2, 3, 1), channels=(4, 8), classes=3, blocks=(1, 2), attention=(1,),
+              heads=2, dropout=0.2, fold=True)
 
 
 def runs(net, state=None, steps=6, **options):
@@ -127,6 +128,14 @@ def test_no_pickle_inside(saved):
         kinds = {name: file[name].dtype.kind for name in file.files}
     assert kinds == dict(meta="U", params="f", ema="f", m="f", v="f")
     assert zipfile.is_zipfile(saved[0])
+
+
+def test_meta_names_the_arrays(saved, plain):
+    """So that load misses one that is not there."""
+    for path, names in (saved[0], ["params", "ema", "m", "v"]), (plain[0], ["params"]):
+        with np.load(path) as file:
+            assert json.loads(str(file["meta"]))["arrays"] == names
+            assert sorted(file.files) == sorted(["meta", *names])
 
 
 # ----------------------------------------------------------------------------------- damage

@@ -3,15 +3,14 @@
 Every law is derived here a second time, from Gaussians and Bayes' rule, in float64.
 """
 import math
-import re
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from common import KINDS, refused
 from tinyddpm import Diffusion, bin_probability, linear_betas, zero_terminal_snr
 
-KINDS = ("eps", "x0", "v")
 SHAPE = (3, 2, 2, 1)
 beta_lists = st.lists(st.floats(1e-3, 0.5), min_size=2, max_size=12)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -56,12 +55,6 @@ def zero_snr():
 
 def same(a, b, rtol=1e-9, atol=1e-11):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-def refused(given_text, function, *args, **kwargs):
-    """The call is a ValueError, and its message repeats what was given."""
-    with pytest.raises(ValueError, match=re.escape(given_text)):
-        function(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------- the forward process

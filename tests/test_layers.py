@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import tinyddpm as td
+from common import close
 
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 SOURCE = Path(td.__file__)
@@ -52,8 +53,13 @@ def moved(layer, back_layer):
     return lambda p, x: (layer(x), lambda dy, g: back_layer(dy))
 
 
+def halve(h):
+    """Stands in for dropout: not random, and not nothing."""
+    return h / 2, lambda dy: dy / 2
+
+
 def block(p, x, emb):
-    y, back = td.res_block(p, x, emb, 0, None)
+    y, back = td.res_block(p, x, emb, halve)
 
     def back_both(dy, g):
         demb = td.xp.zeros_like(emb)
@@ -87,18 +93,17 @@ CASES = {
     "down": lambda s: (free(td.down), {}, [(s.B, 2 * s.H, 2 * s.W, s.C)]),
     "up": lambda s: (free(td.up), {}, [(s.B, s.H, s.W, s.C)]),
     "attention": lambda s: (lambda p, x: td.attention(p, x, s.heads),
-                            td.block_layout(1, s.C * s.heads, 1, True)["attention"],
+                            td.attention_layout(s.C * s.heads),
                             [(s.B, s.H, s.W, s.C * s.heads)]),
     "embed": embed_of,
-    "res_block": lambda s: (block, td.block_layout(s.C, s.D, 3, False),
+    "res_block": lambda s: (block, td.block_layout(s.C, s.D, 3),
                             [(s.B, s.H, s.W, s.C), (s.B, 3)]),
 }
 every_layer = pytest.mark.parametrize("name", CASES)
 
 
 def random_tree(layout, rng, dtype=np.float64):
-    size = sum(math.prod(shape) for shape, _ in td.leaves(layout))
-    return td.Tree(layout, td.normal(rng, size, dtype))
+    return td.Tree(layout, td.normal(rng, td.size_of(layout), dtype))
 
 
 def build(name, shape=Shape(), dtype=np.float64):
@@ -114,10 +119,6 @@ def run_back(back, dy, g):
     """The gradients of the inputs as a tuple, however many there are."""
     dinputs = back(dy, g)
     return dinputs if isinstance(dinputs, tuple) else () if dinputs is None else (dinputs,)
-
-
-def close(a, b, tolerance=1e-11):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 # -------------------------------------------------------------- the layers again, as loops
@@ -182,7 +183,7 @@ def slow_res_block(p, x, emb):
     h = slow_conv(p.conv1, slow_silu(slow_norm(p.norm1, x)))
     scale, shift = np.split(slow_linear(p.film, emb), 2, axis=1)
     h = slow_group_norm(h, scale, shift, math.gcd(8, h.shape[3]))
-    h = slow_conv(p.conv2, slow_silu(h))
+    h = slow_conv(p.conv2, halve(slow_silu(h))[0])
     return h + (slow_linear(p.skip, x) if hasattr(p, "skip") else x)
 
 
@@ -206,6 +207,22 @@ def test_value_is_that_of_the_loop(name, shape):
 def test_attention_is_a_weighted_mean_in_each_head(shape):
     layer, p, (x,), _ = build("attention", shape)
     close(layer(p, x)[0], slow_attention(p, x, shape.heads))
+
+
+@given(shape=shapes(5, 4, 4, 3), few=st.integers(1, 6))
+def test_windows(shape, few):
+    """Every pixel's 3x3 pixels, zero beyond the edge; so many whole images at a time as the
+    budget has room for, but at least one, in the order of the batch."""
+    B, H, W, C = shape[:4]
+    x, size = np.random.default_rng(0).standard_normal(shape[:4]), 9 * C * H * W
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    wanted = [padded[b, i:i + 3, j:j + 3].ravel() for b, i, j in np.ndindex(B, H, W)]
+    for budget in (few * size, few * size + size - 1):
+        found = list(td.windows(x, budget))
+        assert [(rows.start, rows.stop) for rows, _ in found] == [
+            (i * H * W, min(i + few, B) * H * W) for i in range(0, B, few)]
+        assert np.array_equal(np.concatenate([around for _, around in found]), wanted)
+    assert len(list(td.windows(x, 0))) == B
 
 
 def test_conv3x3_takes_a_few_images_at_a_time():
@@ -279,12 +296,17 @@ def test_sinusoids(E):
 
 
 def test_embed():
-    """silu(linear(silu(linear(sinusoids))) + the label's row); without labels, no row."""
+    """silu(linear(silu(linear(sinusoids))) + the label's row); where there is no table of
+    labels, no row, whatever they are."""
     rng, t, labels = np.random.default_rng(0), np.array([1, 50, 999]), np.array([2, 0, 2])
-    p = random_tree(embed_of(Shape(B=3, D=5))[1], rng)
+    layout = embed_of(Shape(B=3, D=5))[1]
+    p = random_tree(layout, rng)
     h = slow_linear(p.time2, slow_silu(slow_linear(p.time1, td.sinusoids(t, 4))))
     close(td.embed(p, t, labels)[0], slow_silu(h + p.label[labels]))
-    close(td.embed(p, t, None)[0], slow_silu(h))
+    del layout["label"]
+    p = td.Tree(layout, p.flat[:td.size_of(layout)])
+    for y in (labels, None):
+        close(td.embed(p, t, y)[0], slow_silu(h))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -425,7 +447,7 @@ def test_layers_are_pure_and_add_to_g(name):
 def test_res_block_adds_to_demb():
     """The embedding feeds every block, so each adds its part."""
     _, p, (x, emb), g = build("res_block")
-    y, back = td.res_block(p, x, emb, 0, None)
+    y, back = td.res_block(p, x, emb, halve)
     fresh, used = np.zeros_like(emb), np.ones_like(emb)
     back(y, g, fresh)
     back(y, g, used)
@@ -436,7 +458,7 @@ def test_res_block_adds_to_demb():
 def test_res_block_drops_out_before_its_last_product():
     """With everything dropped but conv2's bias, what is left is the bias beside x."""
     _, p, (x, emb), g = build("res_block", Shape(C=6, D=6))
-    y, back = td.res_block(p, x, emb, 1 - 1e-12, np.random.default_rng(0))
+    y, back = td.res_block(p, x, emb, lambda h: (0 * h, lambda dy: 0 * dy))
     close(y, x + p.conv2.b)
     assert np.array_equal(back(y, g, np.zeros_like(emb)), y)    # nothing but the skip is left
 

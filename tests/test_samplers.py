@@ -5,23 +5,17 @@ step of a sampler: x_s = slope x_t + offset + noise z. A recursion over these th
 papers' formulae, gives the exact mean and deviation at the end. The sampler's own numbers are
 read off with a stub Generator whose k-th draw is 1 in one row of the batch and 0 elsewhere.
 """
-import re
 from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from common import KINDS, SPACINGS, abar_of, refused
 from tinyddpm import (Diffusion, ddim, ddpm, dynamic_threshold, guided, linear_betas, sample,
                       timesteps, zero_terminal_snr)
 
-KINDS = ("eps", "x0", "v")
-SPACINGS = ("trailing", "leading", "linspace")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def abar_of(betas):
-    return np.append(1, np.cumprod(1 - np.asarray(betas)))
 
 
 # The papers' steps, as factors (of x_t, of eps, of z), written with eps, as the papers do; the
@@ -128,12 +122,6 @@ def run(sampler, model=squash, betas=linear_betas(10, 0.05, 0.3), **options):
 
 def same(a, b, rtol=1e-10, atol=1e-10):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-def refused(given_text, function, *args, **kwargs):
-    """The call is a ValueError, and its message repeats what was given."""
-    with pytest.raises(ValueError, match=re.escape(given_text)):
-        function(*args, **kwargs)
 
 
 # -------------------------------------------------------------------- the exact Gaussian check

@@ -1,27 +1,17 @@
 """Noise schedules: what holds for every one, each one's closed form, and the steps to visit."""
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from common import SPACINGS, abar_of, refused
 from tinyddpm import (SCHEDULES, Diffusion, cosine_betas, karras_betas, linear_betas,
                       quadratic_betas, scaled_linear_betas, sigmoid_betas, sqrt_betas,
                       timesteps, zero_terminal_snr)
 
-SPACINGS = ("trailing", "leading", "linspace")
 lengths = st.integers(1, 300)
 ends = st.tuples(st.floats(1e-5, 0.5), st.floats(1e-5, 0.5))
 beta_lists = st.lists(st.floats(1e-4, 0.9), min_size=2, max_size=12)
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
-
-
-def abar_of(betas):
-    """abar_0..abar_T by a plain loop: abar_0 = 1, then one factor 1 - beta for each step."""
-    abar = [1.0]
-    for beta in betas:
-        abar.append(abar[-1] * (1 - beta))
-    return np.array(abar)
 
 
 def fractions(T):
@@ -31,12 +21,6 @@ def fractions(T):
 
 def same(a, b, rtol=1e-10, atol=1e-13):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-def refused(given_text, function, *args, **kwargs):
-    """The call is a ValueError, and its message repeats what was given."""
-    with pytest.raises(ValueError, match=re.escape(given_text)):
-        function(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------- laws of all of them

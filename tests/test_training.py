@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import tinyddpm as td
+from common import close
 
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 DIFFUSION = td.Diffusion(td.linear_betas(10, 0.01, 0.3))
@@ -19,21 +20,24 @@ IMAGE = (2, 3, 1)
 
 
 class Stub:
-    """A network that answers 0 and whose gradient by its parameters is always `slope`."""
+    """A network that answers 0 and whose gradient by its parameters is always `slope`. It notes
+    what it is asked, and what its dropout would draw."""
     image, null = IMAGE, 3
 
     def __init__(self, slope=(1.0,), classes=0):
         self.slope, self.classes, self.asked = np.array(slope), classes, []
+        self.drawn = []
         self.params, self.grads = (td.Tree({}, np.zeros(len(slope))) for _ in range(2))
 
     def forward(self, x, t, y, rng):
         def back(dy):
             self.grads.flat += self.slope
         self.asked.append((x, t, y))
+        self.drawn.append(rng.random())
         return np.zeros_like(x), back
 
     def twin(self):
-        other = copy.copy(self)                         # which notes into the same list
+        other = copy.copy(self)                         # which notes into the same lists
         other.grads = td.Tree({}, np.zeros_like(self.grads.flat))
         return other
 
@@ -74,10 +78,6 @@ def trained(net, *labels, steps=3, images=data()[0], **options):
     for state in td.train(net, DIFFUSION, images, *labels, steps=steps, **options):
         pass
     return state
-
-
-def close(a, b, tolerance=1e-10):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ----------------------------------------------------------------- optimiser, running mean
@@ -149,7 +149,7 @@ def test_the_gradient_is_the_slope_of_the_loss(kind, loss, weighting, labels, ac
     """Of a first step with one seed the loss is a function of the parameters, and a first
     moment of Adam a tenth of the gradient. Everything between the draws and Adam is in it."""
     net, u = small(classes=3 * labels), np.random.default_rng(3).standard_normal
-    start, u, h = net.params.flat.copy(), u(net.params.flat.size), 1e-6
+    start, u, h = net.params.flat.copy(), u(net.params.flat.size), 1e-8
 
     def first(shift):
         net.params.flat[:] = start + shift * u
@@ -158,7 +158,7 @@ def test_the_gradient_is_the_slope_of_the_loss(kind, loss, weighting, labels, ac
                        chunk=4)
     gradient = first(0).adam.m / 0.1
     slope = (float(first(h).loss) - float(first(-h).loss)) / (2 * h)
-    close(gradient @ u, slope, 1e-5)
+    close(gradient @ u, slope, 1e-6)
 
 
 @pytest.mark.parametrize("weighting", ["simple", "snr", "min_snr"])
@@ -197,6 +197,21 @@ def test_threads_and_chunks_do_not_matter(threads, chunk):
     close(nets[0].params.flat, nets[1].params.flat, 1e-8)
     close([float(cut.loss), cut.lr], [float(whole.loss), whole.lr])
     close(cut.ema.flat, whole.ema.flat, 1e-8)
+    assert cut.rng.bit_generator.state == whole.rng.bit_generator.state
+
+
+def test_every_thread_drops_out_other_units():
+    """At every batch of every step, and in each chunk; with one seed always the same. Threads
+    may finish in any order."""
+    def drawn(**options):
+        stub = Stub()
+        trained(stub, steps=2, batch=6, accumulate=2, chunk=1, **options)
+        return sorted(stub.drawn)
+    for threads in (1, 3):
+        once = drawn(threads=threads, rng=0)
+        assert len(set(once)) == len(once) == 24
+        assert once == drawn(threads=threads, rng=0)
+        assert not set(once) & set(drawn(threads=threads, rng=1))
 
 
 def test_two_batches_accumulated_are_one_of_twice_the_size():
@@ -209,8 +224,19 @@ def test_two_batches_accumulated_are_one_of_twice_the_size():
     close(float(states[0].loss), float(states[1].loss))
 
 
-def test_learning_rate():
-    """A climb over four steps times half a cosine over eight; the parameters move by it."""
+@given(steps=st.integers(1, 1000), warmup=st.integers(0, 1200), highest=st.floats(1e-6, 10))
+def test_learning_rate(steps, warmup, highest):
+    """The highest, times the climb, times half a cosine: cos^2 of a quarter turn."""
+    for step in {0, steps // 3, min(warmup, steps - 1), steps - 1}:
+        climb = (step + 1) / warmup if step < warmup else 1
+        rate = highest * climb * math.cos(math.pi / 2 * step / steps) ** 2
+        close(td.learning_rate(step, steps, highest, warmup), rate, 1e-12)
+    assert warmup > 1 or td.learning_rate(0, steps, highest, warmup) == highest
+    assert abs(td.learning_rate(steps, steps, highest, warmup)) <= 1e-12
+
+
+def test_training_moves_by_the_learning_rate():
+    """A climb over four steps times half a cosine over eight."""
     stub, last = Stub(), 0.0
     rates = []
     for state in td.train(stub, DIFFUSION, data()[0], steps=8, lr=2.0, warmup=4):
@@ -307,9 +333,10 @@ def test_a_loss_that_is_not_finite_stops(value, slope, monkeypatch):
     (dict(images=data()[0][0]), r"\(2, 3, 1\)"),
     (dict(images=data()[0][:0], labels=data()[1][:0]), r"shape \(0, 2, 3, 1\)"),
     (dict(images=data()[0] * math.nan), "images"),
-    (dict(labels=None), "labels are missing for 5 images.*3 classes"),
-    (dict(labels=data()[1][:4]), "labels are 4 for 5"),
-    (dict(labels=data()[1] + 3), r"labels.*0\.\.3"),
+    (dict(labels=None), "labels are missing.*3 classes"),
+    (dict(labels=data()[1][:4]), r"labels.*\(4,\).* 5 integers"),
+    (dict(labels=data()[1] + 3), r"labels.* to [45];.*0\.\.3"),
+    (dict(labels=data()[1] - 3), r"labels.* from -3 .*0\.\.3"),
     (dict(loss="L2"), "loss is 'L2'.*'l1'"), (dict(kind="score"), "kind is 'score'.*'eps'"),
     (dict(weighting="p2"), "weighting is 'p2'.*'min_snr'")])
 def test_bad_input(changes, message):
@@ -321,7 +348,7 @@ def test_bad_input(changes, message):
 
 
 def test_labels_for_a_network_without_classes():
-    with pytest.raises(ValueError, match="labels are 5.*0 classes"):
+    with pytest.raises(ValueError, match="labels are given.*0 classes"):
         next(td.train(small(classes=0), DIFFUSION, *data(), steps=1))
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import tinyddpm as td
+from common import close
 
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 SMALL = dict(image=(5, 6, 2), channels=(4, 8), classes=3, attention=(1,), dtype=np.float64)
@@ -22,10 +23,6 @@ def batch(net, B=3):
     rng = np.random.default_rng(2)
     x, t = rng.standard_normal((B, *net.image)), rng.integers(1, 1000, B)
     return x, t, rng.integers(0, net.classes, B) if net.classes else None
-
-
-def close(a, b, tolerance=1e-10):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------ the answer
@@ -150,8 +147,24 @@ def test_layout_says_what_the_network_has():
     names = [name for name, _ in arrays(td.UNet(**SMALL).params)]
     assert "top.below.enter0.attention.qkv.w" in names      # at level 1, and nowhere else
     assert all(name.startswith("top.below") for name in names if "attention" in name)
-    assert "top.leave0.skip.w" in names and "label" in names
+    assert {"top.match.w", "top.below.enter0.skip.w", "label"} <= set(names)
     assert "label" not in [name for name, _ in arrays(td.UNet(**SMALL | {"classes": 0}).params)]
+
+
+@pytest.mark.parametrize("blocks, each", [
+    (1, (1, 1, 1)), (2, (2, 2, 2)), ((3, 1, 2), (3, 1, 2)), ([1, 2, 3], (1, 2, 3))])
+def test_blocks_of_each_level(blocks, each):
+    """One number for all levels or one for each: so many on the way in and out of a level. The
+    lowest has both ways' in `enter`, and no other."""
+    net = small(channels=(4, 8, 6), blocks=blocks)
+    assert net.config["blocks"] == each
+    top, below, lowest = net.params.top, net.params.top.below, net.params.top.below.below
+    assert len(top.enter) == len(top.leave) == each[0]
+    assert len(below.enter) == len(below.leave) == each[1]
+    assert len(lowest.enter) == 2 * each[2] and list(lowest.layout) == ["enter"]
+    x, t, y = batch(net)
+    net.forward(x, t, y)[1](x)
+    assert all(a.any() for _, a in arrays(net.grads))           # every one of them has its part
 
 
 def test_deviations_at_the_start():
@@ -221,7 +234,7 @@ def test_gradient_of_the_whole_network(configuration):
 
     def run(net, x):
         return net.forward(x, t, y, np.random.default_rng(4))       # the same units drop out
-    out, back = run(net, x)
+    _, back = run(net, x)
     c, dx = rng.standard_normal((2, *x.shape))
     dp = rng.standard_normal(net.params.flat.size)
     forward = c * derivative(net, run, dp, dx, x)
@@ -243,9 +256,13 @@ def test_finite_differences_agree_with_the_complex_step():
 @pytest.mark.parametrize("changes, message", [
     (dict(image=(28, 28)), r"\(28, 28\)"), (dict(image=(0, 4, 1)), r"\(0, 4, 1\)"),
     (dict(channels=()), "channels"), (dict(channels=(5, 8)), "even"),
-    (dict(channels=(4, 2)), "at least 4"), (dict(attention=(2,)), r"level 2.*0\.\.1"),
-    (dict(attention=(-1,)), "level -1"), (dict(heads=3), "3 heads"),
-    (dict(classes=-1), "classes.*-1"), (dict(blocks=0), "blocks.*0"),
+    (dict(channels=(2, 4)), r"\(2, 4\).*at least 4"), (dict(channels=(4, 0)), r"\(4, 0\)"),
+    (dict(channels=(4, 2)), r"4 heads.*\(4, 2\)"),
+    (dict(attention=(2,)), r"level 2.*0\.\.1"), (dict(attention=(-1,)), "level -1"),
+    (dict(heads=3), "3 heads"), (dict(heads=0), "heads is 0"),
+    (dict(classes=-1), "classes.*-1"), (dict(blocks=0), r"blocks.*\(0, 0\)"),
+    (dict(blocks=(1, 0)), r"\(1, 0\).*at least 1"), (dict(blocks=(2,)), r"\(2,\).*each level"),
+    (dict(blocks=(1, 2, 1)), r"\(1, 2, 1\).*each level"), (dict(blocks=()), r"blocks.*\(\)"),
     (dict(dropout=1), "dropout.*1"), (dict(dropout=-0.1), "-0.1")])
 def test_bad_configurations(changes, message):
     """A ValueError that says what was given."""
@@ -269,10 +286,14 @@ def test_a_label_out_of_range(labels, message):
         net(batch(net)[0], 1, labels)
 
 
-def test_labels_for_a_network_without_classes():
+@pytest.mark.parametrize("label", [-1, 1])
+def test_labels_for_a_network_without_classes(label):
+    """Its one label is the null label, 0."""
     net = small(classes=0)
-    with pytest.raises(ValueError, match="classes=0"):
-        net(batch(net)[0], 1, np.zeros(3, int))
+    x = batch(net)[0]
+    assert net.null == 0 and np.array_equal(net(x, 1, np.zeros(3, int)), net(x, 1))
+    with pytest.raises(ValueError, match=rf"{label}.*0\.\.0"):
+        net(x, 1, np.array([0, label, 0]))
 
 
 @pytest.mark.parametrize("t, labels", [([1, 2], None), (1, [0, 1])])
