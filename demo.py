@@ -5,20 +5,23 @@
     python demo.py COMMAND      one of the others, below; COMMAND --help lists its options
 """
 import argparse
+import contextlib
+import ctypes
 import gzip
 import hashlib
+import http.client
 import math
 import os
 import signal
 import sys
 import time
 import urllib.request
-import zipfile
 import zlib
 from pathlib import Path
 
+# Before NumPy starts: one thread to a product, because it is the batch that we cut over threads.
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(name, "1")    # before NumPy starts: the batch is what gets cut over threads
+    os.environ.setdefault(name, "1")
 
 import matplotlib                                                               # noqa: E402
 matplotlib.use("Agg")
@@ -31,13 +34,24 @@ from tinyddpm import asnumpy, xp                                                
 
 HERE = Path(__file__).parent
 ON_GPU = xp is not np
-THREADS = 1 if ON_GPU else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-# Chosen by measuring on 2 CPU cores (the README has the figures); the GPU's is larger.
-NETWORK = dict(channels=(64, 128, 128), blocks=2) if ON_GPU else dict(channels=(16, 32, 64), blocks=1)
-TRAINING = dict(kind="v", lr=3e-3, ema=0.995, drop=0.1, threads=THREADS)
-STEPS, BATCH = (6000, 128) if ON_GPU else (1500, 64)
+# Chosen by measuring what five minutes on two CPU cores give best. The GPU's is larger.
+CHANNELS = (64, 128, 128) if ON_GPU else (16, 32, 64)
+STEPS, BATCH = (6000, 128) if ON_GPU else (1300, 64)
+TRAINING = dict(kind="v", lr=6e-3, ema=0.995, drop=0.1)
+DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.5)
 SCHEDULE, T = "cosine", 1000
+
+
+def keep_memory():
+    """Ask glibc to keep what NumPy frees, instead of giving it back to the kernel after every step
+    and getting it anew, page by page."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):      # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, at its highest
+            libc.mallopt(-1, 1 << 30)       # M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------- data
@@ -61,6 +75,9 @@ def read_idx(path):
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex(' ') or 'nothing'}")
     start = 4 + 4 * raw[3]
+    if raw[3] > 4 or len(raw) < start:
+        raise ValueError(f"{path} is damaged: its header promises {raw[3]} dimensions, and the file has "
+                         f"{len(raw)} bytes")
     shape = tuple(np.frombuffer(raw[4:start], ">u4").tolist())
     if len(raw) != start + math.prod(shape):
         raise ValueError(f"{path} is damaged: its header promises {math.prod(shape)} bytes of shape {shape}, "
@@ -76,7 +93,7 @@ def load_digits(directory, split):
                 return path
         raise FileNotFoundError(f"{directory} has no {split}-{name}, with or without .gz")
     images, labels = read_idx(find("images-idx3-ubyte")), read_idx(find("labels-idx1-ubyte"))
-    if images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
+    if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not images.size:
         raise ValueError(f"{directory}: images of shape {images.shape} and labels of shape {labels.shape} "
                          "do not belong together")
     images = images.reshape(*images.shape[:3], -1)
@@ -92,7 +109,7 @@ def download(args):
             with urllib.request.urlopen(url, timeout=30) as reply:
                 packed = reply.read()
             found = hashlib.sha256(gzip.decompress(packed)).hexdigest()
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
             raise ValueError(f"{url} could not be fetched: {error}") from error
         if found != digest:
             raise ValueError(f"{url} is not the file that was asked for: its SHA-256 is {found}, not {digest}")
@@ -172,26 +189,29 @@ def train(args):
     images, labels = load_digits(args.data, "train")
     path = args.out / "model.npz"
     asked = {name: value for name, value in vars(args).items()
-             if name in ("steps", "batch", "lr", "channels", "blocks", "seed") and value is not None}
+             if name in ("steps", "batch", "lr", "channels", "seed") and value is not None}
     if path.exists() and not args.fresh:
-        net, state, settings = td.load(path)
-        for name, value in {**asked, "data": crc(images)}.items():
-            if settings[name] != value:
-                raise ValueError(f"{path} was trained with {name} {settings[name]}, and {value} is asked for now; "
+        net, state, settings = checkpoint(path)
+        was = settings | {"channels": list(net.config["channels"])}
+        for name, value in {**asked, "data": crc(images, labels)}.items():
+            if was[name] != value:
+                raise ValueError(f"{path} was trained with {name} {was[name]}, and {value} is asked for now; "
                                  "--fresh starts over, --out keeps both")
         print(f"{path}: {state.step} of {settings['steps']} steps are done")
     else:
         settings = {"steps": STEPS, "batch": BATCH, "lr": TRAINING["lr"], "seed": 0, "kind": TRAINING["kind"],
-                    **NETWORK, **asked, "schedule": SCHEDULE, "T": T, "data": crc(images), "losses": []}
-        net = td.UNet(image=images.shape[1:], channels=settings["channels"], blocks=settings["blocks"],
-                      classes=int(labels.max()) + 1, rng=settings["seed"])
+                    "schedule": SCHEDULE, "T": T, "data": crc(images, labels), "losses": [], **asked}
+        channels = settings.pop("channels", CHANNELS)
+        lowest = len(channels) - 1      # where the picture is smallest: more blocks there, and attention
+        net = td.UNet(image=images.shape[1:], channels=channels, classes=int(labels.max()) + 1,
+                      blocks=(1,) * lowest + (2,), attention=(lowest,), rng=settings["seed"])
         state = None
         print(f"{len(images):,} images {net.image}, {net.classes} classes, {net.params.flat.size:,} parameters, "
               f"{xp.__name__}" + ("" if ON_GPU else f" on {THREADS} threads"))
     losses, steps, batch = settings["losses"], settings["steps"], settings["batch"]
     training = td.train(net, td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"])), images, labels,
-                        steps=steps, batch=batch, rng=settings["seed"] + 1, state=state,
-                        **{**TRAINING, "lr": settings["lr"], "kind": settings["kind"]})
+                        steps=steps, batch=batch, rng=settings["seed"] + 1, state=state, threads=THREADS,
+                        **TRAINING | {"lr": settings["lr"], "kind": settings["kind"]})
 
     def save():
         losses[:] = map(float, losses)      # on a GPU they are still there
@@ -219,11 +239,11 @@ def train(args):
 
     model = Model(args.out)
     labels = np.tile(np.arange(net.classes), 10)
-    images = model.draw(labels, args.seed or 0)
+    images = model.draw(labels, settings["seed"])
     sheet(args.out / "samples.png", images.reshape(10, net.classes, *net.image), range(net.classes),
           title=f"DDIM, {DRAWING['steps']} steps, guidance {DRAWING['guidance']}")
     chosen = np.arange(0, net.classes, max(1, net.classes // 5))
-    frames = dict(model.frames(chosen, args.seed or 0))
+    frames = dict(model.frames(chosen, settings["seed"], **DRAWING))
     at = np.array(list(frames))[np.linspace(0, len(frames) - 1, 10).astype(int)]
     sheet(args.out / "denoising.png", np.stack([asnumpy(frames[t]) for t in at], 1), [f"t={t}" for t in at],
           title="from noise to digits")
@@ -231,8 +251,17 @@ def train(args):
     print(f"all of it took {time.perf_counter() - began:.0f} s")
 
 
-def crc(images):
-    return f"{zlib.crc32(np.ascontiguousarray(images)):08x}"
+def checkpoint(path):
+    """What `train` saved: network, State, settings. Another checkpoint is a ValueError."""
+    net, state, settings = td.load(path)
+    if state is None or not {"steps", "schedule", "T", "kind", "data"} <= settings.keys():
+        raise ValueError(f"{path} is a checkpoint, but not one of this demo's")
+    return net, state, settings
+
+
+def crc(images, labels):
+    """A short name for these data."""
+    return f"{zlib.crc32(labels, zlib.crc32(np.ascontiguousarray(images))):08x}"
 
 
 class Interrupt:
@@ -253,9 +282,6 @@ class Interrupt:
 
 # --------------------------------------------------------------------------------- sampling
 
-DRAWING = dict(sampler="ddim", steps=50, eta=0.0, guidance=2.0)
-
-
 class Model:
     """What a checkpoint holds, ready to draw: the EMA network and its diffusion."""
 
@@ -263,7 +289,7 @@ class Model:
         path = out / "model.npz"
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there yet; `python demo.py` trains it")
-        self.net, state, settings = td.load(path)
+        self.net, state, settings = checkpoint(path)
         self.net = self.net.twin(state.ema.flat)
         self.model = self.net if ON_GPU else td.parallel(self.net, THREADS)
         self.kind, self.trained = settings["kind"], f"{state.step} steps"
@@ -277,7 +303,7 @@ class Model:
     def guided(self, labels, w):
         return td.guided(self.model, labels, self.net.null, w)
 
-    def frames(self, labels, seed, sampler="ddim", steps=50, eta=0.0, guidance=2.0):
+    def frames(self, labels, seed, sampler, steps, eta, guidance):
         """(t, x_t), from x_T to x_0."""
         rng, x = self.start(labels, seed)
         yield self.diffusion.T, x
@@ -289,7 +315,8 @@ class Model:
 
     def draw(self, labels, seed, **drawing):
         """x_0, host (N, H, W, C), with a progress bar."""
-        drawing = {**DRAWING, **drawing}
+        steps = self.diffusion.T if drawing.get("sampler") == "ddpm" else DRAWING["steps"]
+        drawing = {**DRAWING, "steps": steps, **drawing}
         title = f"{len(labels)} images, {drawing['sampler']}, guidance {drawing['guidance']}"
         bar = tqdm(self.frames(labels, seed, **drawing), title, total=drawing["steps"] + 1, unit=" steps")
         return asnumpy(td.sample(bar))
@@ -302,14 +329,15 @@ def sample(args):
     if not all(0 <= d < model.net.classes for d in digits):
         raise ValueError(f"digits are {list(digits)}; the network knows 0..{model.net.classes - 1}")
     labels = np.resize(digits, args.count or 10 * len(digits))
-    if args.sampler == "ddpm" and args.steps is None:
-        args.steps = model.diffusion.T
     began = time.perf_counter()
-    images = model.draw(labels, args.seed or 0, **given(args, "sampler", "steps", "eta", "guidance"))
+    images = model.draw(labels, args.seed, **given(args, "sampler", "steps", "eta", "guidance"))
     took = time.perf_counter() - began
     print(f"{len(images)} images in {took:.1f} s, {1000 * took / len(images):.0f} ms each")
     if args.save:
-        write(args.save, lambda temporary: np.savez_compressed(temporary, x=images, y=labels))
+        def save(temporary):
+            with open(temporary, "wb") as file:     # np.savez would add .npz to another name
+                np.savez_compressed(file, x=images, y=labels)
+        write(args.save, save)
         print(f"wrote {args.save}: x {images.shape} in [-1, 1], y {labels.shape}")
     rows = -(-min(len(images), 20 * len(digits)) // len(digits))
     page = np.full((rows * len(digits), *images.shape[1:]), -1.0, np.float32)
@@ -330,7 +358,7 @@ def speed(args):
     rows, names, times = [], [], []
     for sampler, steps, eta in runs:
         began = time.perf_counter()
-        rows.append(model.draw(labels, args.seed or 0, sampler=sampler, steps=steps, eta=eta or 0))
+        rows.append(model.draw(labels, args.seed, sampler=sampler, steps=steps, eta=eta or 0))
         times.append(time.perf_counter() - began)
         names.append(f"{sampler.upper()} {steps}" + ("" if eta is None else f", eta {eta}"))
     print(f"\n{'':18}{'seconds':>8}  DDPM takes so many times as long")
@@ -344,7 +372,7 @@ def guidance(args):
     """A row of digits for each guidance weight, from the same noise."""
     model = Model(args.out)
     labels, weights = np.arange(model.net.classes), (0, 1, 2, 3, 7.5)
-    rows = [model.draw(labels, args.seed or 0, guidance=w) for w in weights]
+    rows = [model.draw(labels, args.seed, guidance=w) for w in weights]
     print("share of pixels at black or white, by weight: " +
           ", ".join(f"w={w} {np.mean(np.abs(r) > 0.98):.0%}" for w, r in zip(weights, rows)))
     sheet(args.out / "guidance.png", np.stack(rows), labels, [f"w = {w}" for w in weights])
@@ -359,7 +387,7 @@ def forward(args):
     x0 = xp.asarray(images[labels == args.digit][:1])
     if not len(x0):
         raise ValueError(f"digit is {args.digit}; the data has {labels.min()}..{labels.max()}")
-    eps = td.normal(np.random.default_rng(args.seed or 0), x0.shape)
+    eps = td.normal(np.random.default_rng(args.seed), x0.shape)
     steps = [1, 100, 250, 500, 750, 1000]
     print(f"{args.schedule} schedule\n{'t':>5}{'abar':>12}{'SNR':>12}")
     for t in steps:
@@ -372,7 +400,7 @@ def schedules(args):
     """Beta, alpha-bar and log-SNR of every schedule, and one digit under each."""
     images, labels = load_digits(args.data, "t10k")
     x0 = xp.asarray(images[:1])
-    eps = td.normal(np.random.default_rng(args.seed or 0), x0.shape)
+    eps = td.normal(np.random.default_rng(args.seed), x0.shape)
     every = {name: td.Diffusion(betas(T)) for name, betas in td.SCHEDULES.items()}
     every["linear, zero SNR"] = td.Diffusion(td.zero_terminal_snr(td.linear_betas(T)))
     steps, t = (200, 500, 800), np.arange(1, T + 1)
@@ -398,7 +426,7 @@ def bpd(args):
     """Bits per dimension of test digits, given their labels, with the bound's parts."""
     model = Model(args.out)
     images, labels = load_digits(args.data, "t10k")
-    pick = np.random.default_rng(args.seed or 0).permutation(len(images))[:args.count]
+    pick = np.random.default_rng(args.seed).permutation(len(images))[:args.count]
     every = []
     for rows in tqdm(np.array_split(pick, -(-len(pick) // 50)), "batches of 50 digits"):
         every.append(model.diffusion.bits_per_dim(model.guided(labels[rows], 1), xp.asarray(images[rows]),
@@ -477,14 +505,14 @@ def load_classifier(args):
     """The classifier of DATA: from OUT/classifier.npz, or trained and kept there."""
     images, labels = load_digits(args.data, "train")
     images = four(images)
-    path, key = args.out / "classifier.npz", crc(images)
+    path, key = args.out / "classifier.npz", crc(images, labels)
     layout = classifier_layout(images.shape[1:], int(labels.max()) + 1)
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) == key:
                 return td.Tree(layout, xp.asarray(file["params"])), images
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
-        pass                            # not there, or damaged: made anew in a minute
+    except Exception:       # not there, or damaged, which fails in many ways: made anew in a minute
+        pass
     p = train_classifier(images, labels)
     write(path, lambda temporary: np.savez(temporary, params=asnumpy(p.flat), key=key))
     return p, images
@@ -515,17 +543,17 @@ def frechet(a, b):
 
 def score(args):
     """Class accuracy and Frechet distance of samples, beside those of as many real digits."""
+    model = Model(args.out)
     p, images = load_classifier(args)
     reference = read(p, images)[0]
     test, test_labels = load_digits(args.data, "t10k")
     test_features, test_read = read(p, four(test))
     print(f"the classifier reads {np.mean(test_read == test_labels):.1%} of {len(test):,} test digits as labelled")
-    model = Model(args.out)
     labels = np.arange(args.count) % model.net.classes
     rows = [(f"{len(test):,} real test digits", test_features, test_read == test_labels)]
     wrong = []
     for w in args.guidance:
-        samples = model.draw(labels, args.seed or 0, guidance=w, **given(args, "sampler", "steps", "eta"))
+        samples = model.draw(labels, args.seed, guidance=w, **given(args, "sampler", "steps", "eta"))
         features, seen = read(p, four(samples))
         rows.append((f"{len(samples):,} samples, w = {w:g}", features, seen == labels))
         wrong += [(samples[i], f"{labels[i]}, not {seen[i]}") for i in np.flatnonzero(seen != labels)[:10]]
@@ -574,13 +602,14 @@ def parser():
                   default=HERE / "data", shown="the bundled digits", metavar="DIR")
     seed = option("--seed", "of the noise", type=number(int, 0), default=0, metavar="N")
     drawing = [option("--sampler", "ddim, or ddpm", choices=("ddim", "ddpm"), default="ddim"),
-               option("--steps", "calls of the network", shown="50, or all of them with ddpm", type=whole, metavar="N"),
-               option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share, default=0.0)]
+               option("--steps", "calls of the network", shown=f"{DRAWING['steps']}, or all T with ddpm",
+                      type=whole, metavar="N"),
+               option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share, default=DRAWING["eta"])]
     command(train, data,
             option("--steps", "steps of training", shown=STEPS, type=whole, metavar="N"),
             option("--batch", "images a step", shown=BATCH, type=whole, metavar="N"),
-            option("--lr", "highest learning rate", shown=TRAINING["lr"], type=number(float, 0), metavar="X"),
-            option("--channels", "of each level", shown=NETWORK["channels"], type=whole, nargs="+", metavar="C"),
+            option("--lr", "highest learning rate", shown=TRAINING["lr"], type=number(float, 0, 1), metavar="X"),
+            option("--channels", "of each level", shown=CHANNELS, type=whole, nargs="+", metavar="C"),
             option("--seed", "of the parameters, the training and the samples", shown=0,
                    type=number(int, 0), metavar="N"),
             option("--fresh", "start over, and replace the checkpoint", action="store_true"))
@@ -588,13 +617,13 @@ def parser():
             option("--digits", "which to draw, a column each", shown="all", type=int, nargs="+", metavar="D"),
             option("--count", "how many images", shown="10 a digit", type=whole, metavar="N"),
             option("--guidance", "weight w: 0 ignores the labels, 1 follows them, more insists",
-                   type=float, default=DRAWING["guidance"], metavar="W"),
+                   type=number(float, -1e3, 1e3), default=DRAWING["guidance"], metavar="W"),
             option("--save", "write all images and labels here, .npz", type=Path, metavar="FILE"))
     command(speed, seed, option("--full", "steps of DDPM", type=whole, default=T, metavar="N"))
     command(guidance, seed)
     command(score, data, *drawing, seed,
             option("--count", "samples of each", type=number(int, 100), default=1000, metavar="N"),
-            option("--guidance", "weights to score", type=float, nargs="+", default=[1.0, DRAWING["guidance"]],
+            option("--guidance", "weights to score", type=number(float, -1e3, 1e3), nargs="+", default=[1.0, DRAWING["guidance"]],
                    metavar="W"))
     command(bpd, data, seed, option("--count", "test digits", type=whole, default=100, metavar="N"))
     command(forward, data, seed,
@@ -608,6 +637,7 @@ def parser():
 
 
 def main(words):
+    keep_memory()
     top, commands = parser()
     if not words or words[0] not in (*commands, "-h", "--help"):
         words = ["train", *words]           # plain `python demo.py` trains
@@ -615,7 +645,9 @@ def main(words):
     try:
         args.run(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"demo.py: {error}")
+        raise SystemExit("demo.py: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit("demo.py: stopped")
 
 
 if __name__ == "__main__":
