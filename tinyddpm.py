@@ -6,7 +6,7 @@ alone, stop before "Layers".
     noise schedules     beta_1..beta_T, the noise added at each step
     Diffusion           the forward process q, its posterior, conversions, the likelihood
     samplers            DDPM, DDIM and guidance, for any callable model(x, t)
-    layers, U-Net       each forward function returns its value and its backward function
+    layers, U-Net       each layer is a function that returns its value and its backward
     training            AdamW, EMA, checkpoints, the loop
     python tinyddpm.py  checks every gradient against finite differences
 
@@ -21,7 +21,7 @@ Notation, in the code, in the papers, and in words
     v         v_t          sqrt(abar) eps - sqrt(1 - abar) x0
     eta       eta          DDIM's noise: 0 is deterministic, 1 is DDPM
     w         w            guidance weight: 0 unconditional, 1 conditional, more is stronger
-    dx                     the gradient of the loss by x, for any x
+    dx                     the gradient of the loss with respect to x, for any x
     B, H, W, C, D, E       batch, height, width, channels in, channels out, embedding
 
 Papers, by the names used below
@@ -43,7 +43,6 @@ import copy
 import json
 import math
 import os
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -68,8 +67,8 @@ def whole(name, value):
 def choose_backend(choice=""):
     """The array module to compute with: cupy where a product on the GPU works, else numpy.
 
-    choice: "numpy" or "cupy" decides by hand; "" tries cupy first. Asking for cupy where it
-    does not work is a RuntimeError that says why.
+    choice: "numpy" or "cupy" decides by hand, as TINYDDPM_BACKEND does; "" tries cupy first.
+    Asking for cupy where it does not work is a RuntimeError that says why.
     """
     one_of("TINYDDPM_BACKEND", choice, ("", "numpy", "cupy"))
     if choice == "numpy":
@@ -80,7 +79,7 @@ def choose_backend(choice=""):
         if float((one @ one).sum()) == 8:       # an import alone succeeds without a GPU too
             return cupy
         why = "a 2x2 matrix product came out wrong"
-    except Exception as error:  # a driver without libraries fails in its own many ways
+    except Exception as error:  # a driver without its libraries fails in many ways
         why = f"{type(error).__name__}: {error}".splitlines()[0]
     if choice == "cupy":
         raise RuntimeError(f"TINYDDPM_BACKEND is 'cupy', but CuPy does not work here ({why})")
@@ -103,6 +102,28 @@ def normal(rng, shape, dtype=np.float32):
 # -------------------------------------------------------------------------- noise schedules
 # Each returns float64 (T,), its entry i being beta_{i+1}, on the host.
 
+def checked_betas(betas):
+    """The betas as float64 (T,). One outside (0, 1], or 1 before the last, is a ValueError."""
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not len(betas):
+        raise ValueError(f"betas have shape {betas.shape}; they have to be (T,) with T >= 1")
+    wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
+    if len(wrong):
+        raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
+                         "every beta has to be above 0 and at most 1")
+    if np.any(betas[:-1] == 1):
+        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may "
+                         "be, as no signal is left after it")
+    return betas
+
+
+def betas_from_abar(abar, max_beta=1.0):
+    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1; where a
+    formula overshoots to below 0, it counts as 0."""
+    abar = np.maximum(abar, 0)
+    return checked_betas(np.minimum(1 - abar[1:] / np.maximum(abar[:-1], 1e-300), max_beta))
+
+
 def linear_betas(T, start=1e-4, end=0.02):
     """Equal steps of beta (DDPM section 4). Made for T = 1000; see scaled_linear_betas."""
     return checked_betas(np.linspace(start, end, whole("T", T)))
@@ -110,8 +131,8 @@ def linear_betas(T, start=1e-4, end=0.02):
 
 def scaled_linear_betas(T, start=1e-4, end=0.02):
     """linear_betas with both ends times 1000/T, so that x_T is noise for a short T too (iDDPM's
-    code). Below T = 20 beta would pass 1: a ValueError. Latent diffusion's and diffusers'
-    "scaled_linear" is something else: quadratic_betas."""
+    code). At T = 20 the last beta is 1; below, it would pass 1: a ValueError. The name means
+    something else in latent diffusion and diffusers: quadratic_betas."""
     scale = 1000 / whole("T", T)
     return checked_betas(np.linspace(scale * start, scale * end, T))
 
@@ -139,8 +160,9 @@ def sigmoid_betas(T, start=1e-4, end=0.02):
 
 
 def sqrt_betas(T, s=1e-4, max_beta=0.999):
-    """abar_t = 1 - sqrt(t/T + s) (Diffusion-LM, appendix A): noise of deviation s^(1/4) at
-    once, then slowly more. abar_T would be below 0; max_beta caps the last beta."""
+    """abar_t = 1 - sqrt(t/T + s) (Diffusion-LM, appendix A): noise of standard deviation
+    (1/T + s)^(1/4) in the first step, then slowly more. Their code also divides by abar_0.
+    abar_T would be below 0; max_beta caps the last beta."""
     abar = 1 - np.sqrt(np.arange(whole("T", T) + 1) / T + s)
     abar[0] = 1
     return betas_from_abar(abar, max_beta)
@@ -163,34 +185,13 @@ SCHEDULES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas,
 
 def zero_terminal_snr(betas):
     """The schedule with sqrt(abar) shifted to end at exactly 0 and stretched to start where it
-    did (ZeroSNR Algorithm 1). For v or x0 prediction: x_T holds no x0 to tell eps from."""
+    did (ZeroSNR Algorithm 1). For models of v or x0: as x_T is eps itself, predicting eps there
+    teaches nothing of x0."""
     root = np.sqrt(np.cumprod(1 - checked_betas(betas)))
     if len(root) < 2:
-        raise ValueError("zero_terminal_snr wants at least 2 steps, was given 1")
+        raise ValueError("zero_terminal_snr needs at least 2 betas; it was given 1")
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return betas_from_abar(np.concatenate([[1], root ** 2]))
-
-
-def betas_from_abar(abar, max_beta=1.0):
-    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta. abar: (T+1,), starting at 1; where a
-    formula overshoots to below 0, it counts as 0."""
-    abar = np.maximum(abar, 0)
-    return checked_betas(np.minimum(1 - abar[1:] / np.maximum(abar[:-1], 1e-300), max_beta))
-
-
-def checked_betas(betas):
-    """The betas as float64 (T,); a ValueError where one is outside (0, 1], or 1 too early."""
-    betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or not len(betas):
-        raise ValueError(f"betas have shape {betas.shape}; wanted is (T,) with T >= 1")
-    wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
-    if len(wrong):
-        raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
-                         "every beta lies above 0 and at most at 1")
-    if np.any(betas[:-1] == 1):
-        raise ValueError(f"beta_{np.argmax(betas) + 1} of {len(betas)} is 1; only the last may "
-                         "be, as no signal is left after it")
-    return betas
 
 
 # ---------------------------------------------------------------------- the forward process
@@ -205,8 +206,9 @@ class Diffusion:
     betas: (T,), see the schedules. Tables .beta .alpha .abar .snr are host float64 of length
     T+1; index 0 is clean data: beta 0, abar 1, snr infinite.
 
-    In every method t is an integer of 1..T, or (B,) of them, one an image; x0, xt, eps and a
-    model's output are float arrays of one shape (B, ...). Anything else is a ValueError.
+    In every method t is an integer of 1..T, or (B,) of them, one for each image; best on the
+    host, where it is looked at. x0, xt, eps and a model's output are float arrays of one shape
+    (B, ...). Anything else is a ValueError.
     """
 
     def __init__(self, betas):
@@ -270,7 +272,7 @@ class Diffusion:
     def target(self, x0, eps, t, kind):
         """What a model of that kind should answer: eps, x0 or v (v-prediction, section 4)."""
         signal, noise = self._signal_noise(t, x0, eps, kind=kind)
-        return {"eps": eps, "x0": x0}[kind] if kind != "v" else signal * eps - noise * x0
+        return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[kind]
 
     def score(self, xt, t, eps):
         """The gradient of log q(x_t) that this eps means: -eps / sqrt(1 - abar_t)."""
@@ -279,7 +281,7 @@ class Diffusion:
     def loss_weight(self, t, kind, how, gamma=5.0):
         """Factor for the squared error of a prediction of that kind at t; float64, t's shape.
 
-        "simple" is 1 for every kind; "snr" makes all kinds the loss |eps - eps_hat|^2 of DDPM
+        "simple" is 1 for every kind; "snr" turns the error of any kind into that of eps, DDPM
         eq. 14; "min_snr" is the same with the SNR held to gamma (Min-SNR section 3.4). For one
         x_t, |eps error|^2 is snr times |x0 error|^2, and |v error|^2 is snr + 1 times.
         """
@@ -295,7 +297,8 @@ class Diffusion:
     def bits_per_dim(self, model, x0, rng, kind="eps"):
         """The variational bound on -log2 p(x0) per pixel and channel (DDPM eqs. 5 and 13).
 
-        x0: (B, ...), bytes scaled to [-1, 1]. Every step asks the model once, at one draw of
+        model(x, t): any callable, to a prediction of that kind; t is (B,) integers. x0:
+        (B, ...), bytes scaled to [-1, 1]. Every step asks the model once, at one draw of
         x_t; the reverse variance is the posterior's. A dict of means over the batch:
             "prior"    KL(q(x_T|x0) || N(0, 1)), the same for every model
             "steps"    KL(q(x_{t-1}|x_t,x0) || p(x_{t-1}|x_t)) for t = 2..T, float64 (T-1,)
@@ -309,12 +312,13 @@ class Diffusion:
         for t in range(self.T, 0, -1):
             xt = self.q_sample(x0, t, normal(rng, x0.shape, x0.dtype))
             out = model(xt, xp.full(len(xt), t))
-            guess = clamp(self.to_x0(xt, t, out, kind), (-1, 1))
+            guess = xp.clip(self.to_x0(xt, t, out, kind), -1, 1)
             if t > 1:
                 mean, var = self.q_posterior(x0, xt, t)
                 error = self.q_posterior(guess, xt, t)[0] - mean
                 kl[t] = bits * float((error ** 2).mean()) / (2 * var)
-        # The posterior at t = 1 has variance 0; the decoder takes that of t = 2 (DDPM's code).
+        # guess is now that of t = 1, where the posterior's mean is x0 itself and its variance
+        # is 0; the decoder takes the variance of t = 2 (DDPM's code).
         var = self.beta[1] if self.T == 1 else self.q_posterior(x0, x0, 2)[1]
         decoder = -bits * float(np.log(bin_probability(x0, guess, var ** 0.5)).mean())
         return {"prior": prior, "steps": kl[2:], "decoder": decoder,
@@ -359,7 +363,7 @@ def bin_probability(x, mean, std):
     # Both ends to the left, where the tail keeps its digits: 1 - 1e-20 is 1, 1e-20 is not 0.
     flip = low + high > 0
     low, high = np.where(flip, -high, low), np.where(flip, -low, high)
-    erfc = np.frompyfunc(math.erfc, 1, 1)       # neither NumPy nor its ufuncs have it
+    erfc = np.frompyfunc(math.erfc, 1, 1)       # NumPy has none of its own
     p = 0.5 * (erfc(-high / 2 ** 0.5) - erfc(-low / 2 ** 0.5)).astype(np.float64)
     return np.maximum(p, 1e-300)
 
@@ -372,8 +376,8 @@ def bin_probability(x, mean, std):
 def timesteps(T, steps, spacing="trailing"):
     """`steps` of the T steps, descending, integers (steps,) (ZeroSNR Table 2).
 
-    "trailing" starts at T, where training put pure noise; "linspace" has both ends, T and 1;
-    "leading", the usual one, never visits the last T/steps and is here for comparison.
+    "trailing" starts at T, where x is pure noise; "linspace" has both ends, T and 1; "leading",
+    long the usual one, starts below T, where x is not yet noise (unless steps = T).
     """
     if not 1 <= whole("steps", steps) <= whole("T", T):
         raise ValueError(f"steps is {steps}; of T = {T} steps it has to be 1..{T}")
@@ -393,11 +397,11 @@ def ddpm(model, diffusion, x, rng, steps=None, spacing="trailing", variance="sma
     """Ancestral sampling (DDPM Algorithm 2): x_s ~ N(posterior mean of x_s given x_t and the
     model's x0, variance).
 
-    x: the start (B, ...), normally standard normal. steps: None for all of T..1, how many to
-    take, or the descending steps themselves, from the one that x is at. variance: "small" is
-    the posterior's, right for data of one point; "large" is 1 - abar_t/abar_s (beta_t), right
-    for standard normal data. kind: what the model predicts. clip: bounds for x0, None, or a
-    function of x0 such as dynamic_threshold.
+    x: the start (B, ...), usually standard normal noise. steps: None for all of T..1, how many
+    to take, or the descending steps themselves, from the one that x is at. variance: "small" is
+    the posterior's, best for data of a single point; "large" is 1 - abar_t/abar_s (beta_t),
+    best for standard normal data (DDPM section 3.2). kind: what the model predicts. clip:
+    bounds for x0, None, or a function of x0 such as dynamic_threshold.
     """
     one_of("variance", variance, ("small", "large"))
     if rng is None:
@@ -442,12 +446,12 @@ def walk(model, diffusion, x, steps, spacing, kind, clip, step):
         raise ValueError(f"steps are {list(steps)}; they have to be integers that descend "
                          f"within {diffusion.T}..1")
 
-    def run(x):
+    def run(x):     # apart, so that the checks above run at the call, not at the first next()
         for t, s in zip(route, route[1:]):
             out = model(x, xp.full(len(x), t))
             x = step(x, clamp(diffusion.to_x0(x, t, out, kind), clip), t, s)
             yield s, x
-    return run(x)
+    return run(xp.asarray(x))
 
 
 def sample(sampler):
@@ -466,7 +470,8 @@ def clamp(x0, clip):
 
 def dynamic_threshold(x0, share=0.995):
     """Instead of clipping: where an image's values pass 1, clip at the quantile `share` of
-    their sizes and divide by it (Imagen section 2.3). Keeps strong guidance from saturating."""
+    their absolute values and divide by it (Imagen section 2.3). Keeps strong guidance from
+    saturating."""
     size = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1).astype(x0.dtype)
     size = xp.maximum(size, 1).reshape(-1, *[1] * (x0.ndim - 1))
     return xp.clip(x0, -size, size) / size
@@ -479,7 +484,7 @@ def guided(model, labels, null, w, rescale=0.0):
     labels: (B,) integers; null: the label that stands for none. Both predictions come from one
     call on a doubled batch. rescale: how far to bring each image's standard deviation back to
     that of the conditional prediction, 0 to 1 (ZeroSNR section 3.4; they use 0.7); w = 0 and 1
-    have nothing to bring back.
+    ignore it.
     """
     labels = xp.asarray(labels)
     nulls = xp.full_like(labels, null)
@@ -500,11 +505,11 @@ def guided(model, labels, null, w, rescale=0.0):
 
 
 # --------------------------------------------------------------------------------- layers
-# A layer is a function that returns its value and, nested in it, `back`: from the gradient of
-# the loss by that value to the gradient by the input. p holds the layer's parameters; g, with
-# the same names, their gradients, to which `back` adds. Read a `back` as its forward from the
-# last line to the first: a product becomes one with the transpose, a broadcast a sum, a fork
-# an addition.
+# A layer returns its value y and a function `back`, nested in it. back(dy) gives dx, from the
+# gradient of the loss with respect to y that with respect to x. Where the layer has parameters
+# p, back(dy, g) also adds their gradients to g. Both are Trees (below): p.w is an array, p.norm
+# another Tree. Read a `back` as its forward from the last line to the first: a product becomes
+# one with the transpose, a broadcast a sum, a fork an addition.
 
 def silu(x):
     """x sigmoid(x), also called swish."""
@@ -601,8 +606,8 @@ def group_norm(x, scale, shift, groups=8, eps=1e-5):
     def back(dy):
         dy = dy.reshape(B, H * W, C)
         dshift, dscale = ones @ dy, ones @ (dy * normed)
-        # Mean and r depend on all of x. Of dnormed = gain dy they take away the two parts that
-        # cannot change normed: the one constant over the group and the one along normed itself.
+        # Mean and r depend on all of x. They remove from dnormed = gain dy the two directions
+        # in which x can move and not change normed: a shift of the group, and normed itself.
         dx = gain * dy - group_mean(gain * dshift)
         dx -= normed * group_mean(gain * dscale)
         dx *= r
@@ -688,10 +693,12 @@ def attention(p, x, heads):
     return x + h, back
 
 
-def sinusoids(t, E):
-    """The step t (B,) as E/2 sines, then E/2 cosines, of wavelengths 2 pi to 20,000 pi: (B, E).
-    The last frequency is exactly 1/10,000, as in DDPM's code; others divide by E/2 instead."""
-    frequency = xp.exp(xp.arange(E // 2) * (-math.log(10000) / (E // 2 - 1)))
+def sinusoids(t, width):
+    """Steps (B,) as sines, then cosines, of wavelengths 2 pi to 20,000 pi: (B, width), an even
+    number of at least 4. The last frequency is exactly 1/10,000, as in DDPM's code; others
+    divide by width/2 instead."""
+    half = width // 2
+    frequency = xp.exp(xp.arange(half) * (-math.log(10000) / (half - 1)))
     angle = t[:, None] * frequency
     return xp.concatenate([xp.sin(angle), xp.cos(angle)], 1)
 
@@ -814,24 +821,25 @@ def block_layout(C, D, E, attended=False):
     return layout
 
 
-def level_layout(channels, blocks, attention, C, E):
-    """channels, blocks and attention: of this level, then of those below. C: coming in."""
+def level_layout(channels, counts, attention, C, E):
+    """channels, counts of blocks, attention: of this level, then of those below. C: what comes
+    in from above."""
     D, rest = channels[0], channels[1:]
 
-    def row(C):
-        return [block_layout(C if i == 0 else D, D, E, attention[0]) for i in range(blocks[0])]
+    def row(first):
+        return [block_layout(D if i else first, D, E, attention[0]) for i in range(counts[0])]
     if not rest:
         return {"enter": row(C) + row(D)}
-    return {"enter": row(C), "below": level_layout(rest, blocks[1:], attention[1:], D, E),
+    return {"enter": row(C), "below": level_layout(rest, counts[1:], attention[1:], D, E),
             "match": linear_layout(rest[0], D), "leave": row(D)}
 
 
-def unet_layout(pixel, channels, blocks, attention, classes):
+def unet_layout(pixel, channels, counts, attention, classes):
     C, E = channels[0], 4 * channels[0]
     label = {"label": ((classes + 1, E), 1)} if classes else {}
     return {"time1": linear_layout(C, E), "time2": linear_layout(E, E), **label,
             "stem": conv_layout(pixel, C),
-            "top": level_layout(channels, blocks, attention, C, E),
+            "top": level_layout(channels, counts, attention, C, E),
             "norm": norm_layout(C), "out": conv_layout(C, pixel, gain=0)}
 
 
@@ -918,9 +926,13 @@ class UNet:
     def forward(self, x, t, y=None, rng=None):
         """The prediction, and back(dy), which adds to .grads and returns dx.
 
-        y: labels; None is the null label for all. An rng turns dropout on.
+        y: labels; None is the null label for all. Those on a GPU are not checked, as looking
+        at them would be waiting for them. An rng turns dropout on.
         """
-        t, y = self._checked(x, t, y)
+        if x.shape[1:] != self.image:
+            raise ValueError(f"x has shape {x.shape}; it has to be (B, *{self.image})")
+        y = self.null if y is None else checked_labels(y, self.null)
+        t, y = (xp.broadcast_to(xp.asarray(a), len(x)) for a in (t, y))
         p, g = self.params, self.grads
         emb, embed_back = embed(p, t, y)
         h, stem_back = conv3x3(p.stem, self._enter(x))
@@ -952,18 +964,6 @@ class UNet:
         x = unfold(x) if self.fold else x
         return x[:, :self.image[0], :self.image[1]]
 
-    def _checked(self, x, t, y):
-        """t and y as (B,) arrays on the device, once they are found to fit."""
-        if x.shape[1:] != self.image:
-            raise ValueError(f"x has shape {x.shape}; it has to be (B, *{self.image})")
-        y = self.null if y is None else y
-        if not hasattr(y, "get"):       # on a GPU, looking at them would be waiting for them
-            y = np.asarray(y)
-            if y.dtype.kind not in "iu" or not np.all((0 <= y) & (y <= self.null)):
-                raise ValueError(f"labels are {y.dtype} from {y.min()} to {y.max()}; they have "
-                                 f"to be integers of 0..{self.null}, {self.null} being none")
-        return tuple(xp.broadcast_to(xp.asarray(a), len(x)) for a in (t, y))
-
     def twin(self, params=None):
         """The same network on the same parameters, or on others (flat), with gradients of its
         own: one for each thread, one for the EMA."""
@@ -973,14 +973,24 @@ class UNet:
         return other
 
 
+def checked_labels(y, null):
+    """The labels, if they are integers of 0..null, or on a GPU."""
+    if not hasattr(y, "get"):
+        y = np.asarray(y)
+        if y.dtype.kind not in "iu" or not np.all((0 <= y) & (y <= null)):
+            raise ValueError(f"labels are {y.dtype} from {y.min()} to {y.max()}; they have to "
+                             f"be integers of 0..{null}, {null} being none")
+    return y
+
+
 def parallel(model, threads, chunk=16):
-    """The same model, for a CPU: its arrays are cut into chunks for so many threads."""
+    """The same model, its batch cut into chunks that so many threads work through."""
     pool = ThreadPoolExecutor(threads)
 
     def model_in_parts(*arrays):
         cuts = [slice(i, i + chunk) for i in range(0, len(arrays[0]), chunk)]
         outs = pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)
-        return np.concatenate(list(outs))
+        return xp.concatenate(list(outs))
     return model_in_parts
 
 
@@ -994,7 +1004,8 @@ LOSSES = {      # of the error d, element by element: the loss and its slope
 
 
 class Adam:
-    """AdamW on one flat buffer (Loshchilov & Hutter 2019, 1711.05101, Algorithm 2)."""
+    """AdamW on one flat buffer (Loshchilov & Hutter 2019, 1711.05101, Algorithm 2; the decay is
+    times the learning rate, as everywhere in practice)."""
 
     def __init__(self, params, betas=(0.9, 0.999), eps=1e-8):
         self.m, self.v, self.n = xp.zeros_like(params), xp.zeros_like(params), 0
@@ -1012,8 +1023,8 @@ class Adam:
 
 
 class EMA:
-    """A running mean of the parameters, .flat, which draws better than they do. Its decay grows
-    up to `decay`; fixed at 0.9999, it would be the random start for ten thousand steps."""
+    """A running mean of the parameters, .flat, whose samples are better than theirs. Its decay
+    grows up to `decay`: fixed at 0.9999, the mean would for long be mostly the random start."""
 
     def __init__(self, params, decay=0.999):
         self.flat, self.decay, self.n = params.copy(), decay, 0
@@ -1025,7 +1036,7 @@ class EMA:
 
 @dataclass
 class State:
-    """With the network's parameters, all that changes in training and that resuming needs."""
+    """All that changes in training and that resuming needs, beside the parameters."""
     adam: Adam
     ema: EMA
     rng: np.random.Generator
@@ -1041,20 +1052,22 @@ def learning_rate(step, steps, highest, warmup):
 
 
 def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="v", loss="l2",
-          weighting="simple", lr=2e-3, warmup=100, decay=0.0, clip=1.0, ema=0.999, drop=0.1,
-          accumulate=1, threads=1, chunk=16, state=None):
+          weighting="simple", lr=2e-3, warmup=100, betas=(0.9, 0.99), decay=0.0, clip=1.0,
+          ema=0.999, label_drop=0.1, accumulate=1, threads=1, chunk=16, state=None):
     """Train net to predict `kind` (DDPM Algorithm 1, CFG Algorithm 1). A generator: it yields
     its State after every step. Draw with net.twin(state.ema.flat); to go on, pass the State.
 
     images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers, replaced by the null label at
-    a rate of drop. rng: a NumPy Generator or a seed. loss: "l2", "l1" or "huber", weighted by
-    diffusion.loss_weight(t, kind, weighting). lr, warmup: see learning_rate. decay: AdamW's.
-    clip: the gradient's largest norm. ema: the EMA's decay. accumulate: batches to a step.
+    a rate of label_drop. rng: a NumPy Generator or a seed. loss: "l2", "l1" or "huber", times
+    diffusion.loss_weight(t, kind, weighting). lr, warmup: see learning_rate. betas, decay:
+    AdamW's. clip: the gradient's largest norm. ema: the EMA's decay. accumulate: batches to a
+    step.
 
     On a CPU each batch is cut over threads, and each part worked through chunk images at a
     time, so that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1).
     A loss that is not finite is a FloatingPointError, and the parameters are left at the step
-    before.
+    before; on a GPU it is looked at every 50 steps, so go back to a checkpoint there. With a
+    state, rng and ema are those it holds.
     """
     one_of("loss", loss, LOSSES)
     one_of("kind", kind, KINDS)
@@ -1063,15 +1076,15 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
                     "chunk": chunk}.items():
         whole(name, n)
     images, labels = training_data(net, images, labels)
-    state = state or State(Adam(net.params.flat), EMA(net.params.flat, ema),
+    state = state or State(Adam(net.params.flat, betas), EMA(net.params.flat, ema),
                            np.random.default_rng(rng))
     rng, on_cpu = state.rng, xp is np
     threads, chunk = (threads, chunk) if on_cpu else (1, batch)
     workers = [net.twin() for _ in range(threads)]
 
-    def gradient(worker, x0, t, y, eps, *seed):
+    def gradient(worker, x0, t, y, eps, dropout_rng):
         """Add the gradient of these images' share of the mean loss; return the share."""
-        share, dropout_rng = 0, np.random.default_rng(seed)
+        share = 0
         for i in range(0, len(x0), chunk):
             x, e, when = x0[i:i + chunk], eps[i:i + chunk], t[i:i + chunk]
             xt, target = diffusion.q_sample(x, when, e), diffusion.target(x, e, when, kind)
@@ -1084,28 +1097,33 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
         return share
 
     with ThreadPoolExecutor(threads) as pool:
+        run = pool.map if threads > 1 else map
         while state.step < steps:
             for worker in workers:
                 worker.grads.flat[:] = 0
             total = 0
             for _ in range(accumulate):
                 pick = rng.integers(len(images), size=batch)
-                t = rng.integers(1, diffusion.T + 1, size=batch)
-                y = np.where(rng.random(batch) < drop, net.null, labels[pick])
+                # One t from each of `batch` equal parts of 1..T: uniform, with less noise than
+                # independent ones.
+                t = 1 + (diffusion.T * (np.arange(batch) + rng.random(batch)) / batch).astype(int)
+                y = np.where(rng.random(batch) < label_drop, net.null, labels[pick])
                 eps = normal(rng, (batch, *net.image), images.dtype)
-                parts = (xp.array_split(images[pick], threads), np.array_split(t, threads),
-                         np.array_split(y, threads), xp.array_split(eps, threads))
-                seeds = [rng.integers(2 ** 63)] * threads, range(threads)
-                total += sum(pool.map(gradient, workers, *parts, *seeds))
+                seed = rng.integers(2 ** 63)
+                rngs = [np.random.default_rng((seed, i)) for i in range(threads)]
+                x0 = images[xp.asarray(pick)]
+                parts = [module.array_split(a, threads)
+                         for module, a in ((xp, x0), (np, t), (np, y), (xp, eps))]
+                total += sum(run(gradient, workers, *parts, rngs))
             grads = sum(worker.grads.flat for worker in workers)
-            norm = xp.sqrt(grads @ grads)
+            length = xp.sqrt(grads @ grads)
             state.lr = learning_rate(state.step, steps, lr, warmup)
             # A GPU would have to be waited for; there the loss is looked at now and then.
-            if (on_cpu or state.step % 50 == 0) and not math.isfinite(float(total + norm)):
+            if (on_cpu or state.step % 50 == 0) and not math.isfinite(float(total + length)):
                 raise FloatingPointError(
-                    f"the loss is {float(total)} and the gradient's norm {float(norm)} at "
+                    f"the loss is {float(total)} and the gradient's norm {float(length)} at "
                     f"step {state.step + 1}, learning rate {state.lr:.3g}; try a lower one")
-            grads *= xp.minimum(1, clip / xp.maximum(norm, 1e-12))
+            grads *= xp.minimum(1, clip / xp.maximum(length, 1e-12))
             state.adam.step(net.params.flat, grads, state.lr, decay)
             state.ema.step(net.params.flat)
             state.loss = total
@@ -1124,13 +1142,10 @@ def training_data(net, images, labels):
         raise ValueError(f"labels are {'missing' if labels is None else 'given'}, and the "
                          f"network has {net.classes} classes")
     labels = np.zeros(len(images), int) if labels is None else asnumpy(labels)
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels are {labels.dtype} {labels.shape}; they have to be "
-                         f"{len(images)} integers, one for each image")
-    if not np.all((0 <= labels) & (labels <= net.null)):
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; they have to be "
-                         f"integers of 0..{net.null}, {net.null} being none")
-    return images, labels
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels have shape {labels.shape}; they have to be {len(images)} "
+                         "integers, one for each image")
+    return images, checked_labels(labels, net.null)
 
 
 FORMAT = "tinyddpm checkpoint 1"
@@ -1175,14 +1190,15 @@ def load(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays.pop("meta")))
-        format, _ = meta["format"], [arrays[name] for name in meta["arrays"]]
+        known = meta["format"] == FORMAT and set(meta["arrays"]) == set(arrays)
     except FileNotFoundError:
         raise
     except Exception as error:      # a damaged archive fails in many ways
         raise ValueError(f"{path} is not a tinyddpm checkpoint, or it is damaged "
                          f"({type(error).__name__}: {str(error)[:100]})") from error
-    if format != FORMAT:
-        raise ValueError(f"{path} has the format {format!r}; this version reads {FORMAT!r}")
+    if not known:
+        raise ValueError(f"{path} has the format {meta['format']!r}, or arrays are missing; "
+                         f"this version reads {FORMAT!r}")
     net = UNet(**meta["net"], dtype=arrays["params"].dtype)
     for name, a in arrays.items():
         if a.shape != net.params.flat.shape:
@@ -1209,8 +1225,9 @@ def gradient_errors(layer, p, inputs, h=1e-5, directions=4):
     """Compare a layer's gradients with finite differences, in float64.
 
     layer(p, *inputs) -> y and back, where back(dy, g) adds to g and returns the gradient of the
-    input, or a tuple of them. For a random cotangent c, f = sum(c * y) is one number. Along a
-    random direction u it changes by (f(h u) - f(-h u)) / 2h, which has to be the sum of u * df.
+    input, or a tuple of them. For a random cotangent c, f = sum(c * y) is one number. Around
+    the input a, its slope along a random direction u is (f(a + h u) - f(a - h u)) / 2h, which
+    has to be sum(u * df/da).
     Yields (name of the gradient, relative error over the directions).
     """
     rng = np.random.default_rng(1)
@@ -1306,7 +1323,7 @@ def gradient_table():
 
 if __name__ == "__main__":
     worst = 0.0
-    print(f"{'layer':15}{'gradient by':13}relative error against finite differences, float64")
+    print(f"{'layer':15}{'gradient of':13}relative error against finite differences, float64")
     for title, name, error in gradient_table():
         print(f"{title:15}{name:13}{error:.1e}{'' if error <= 1e-6 else '   WRONG'}")
         worst = max(worst, error if error == error else math.inf)

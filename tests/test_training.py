@@ -272,7 +272,7 @@ def test_what_is_drawn():
     stub, n = Stub(classes=3), 60 * 64
     images = np.zeros((3, *IMAGE)) + np.array([-1, 0, 1])[:, None, None, None]
     calm = td.Diffusion([1e-12, 1e-3, 0.5])             # at t = 1 the picture is as it was
-    for _ in td.train(stub, calm, images, np.array([0, 1, 2]), steps=60, drop=0.25):
+    for _ in td.train(stub, calm, images, np.array([0, 1, 2]), steps=60, label_drop=0.25):
         pass
     x, t, y = (np.concatenate(a) for a in zip(*stub.asked))
     assert len(x) == len(t) == len(y) == n
@@ -290,7 +290,7 @@ def test_what_is_drawn():
 @pytest.mark.parametrize("drop, null", [(0.0, False), (1.0, True)])
 def test_labels_are_all_kept_or_all_dropped(drop, null):
     stub = Stub(classes=3)
-    trained(stub, data()[1], drop=drop)
+    trained(stub, data()[1], label_drop=drop)
     assert all(((y == 3) == null).all() for _, _, y in stub.asked)
 
 
