@@ -1,7 +1,7 @@
 """The tour of tinyddpm on MNIST: train, sample, and a picture of every idea on the way.
 
-    python demo.py              train on the bundled digits (again: go on from the checkpoint), then
-                                draw out/samples.png, out/denoising.png and out/loss.png
+    python demo.py              train on the bundled digits (again: go on from the checkpoint),
+                                then draw out/samples.png, out/denoising.png, out/loss.png
     python demo.py COMMAND      one of the others, below; COMMAND --help lists its options
 """
 import argparse
@@ -19,8 +19,9 @@ import urllib.request
 import zlib
 from pathlib import Path
 
-# Before NumPy starts: one thread to a product, because it is the batch that we cut over threads.
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+# Before NumPy starts: one thread to a product, because we cut the batch over threads instead.
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+             "VECLIB_MAXIMUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import matplotlib                                                               # noqa: E402
@@ -38,15 +39,15 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 # Chosen by measuring what five minutes on two CPU cores give best. The GPU's is larger.
 CHANNELS = (64, 128, 128) if ON_GPU else (16, 32, 64)
-STEPS, BATCH = (6000, 128) if ON_GPU else (1200, 64)
+STEPS, BATCH = (6000, 128) if ON_GPU else (1400, 64)
 TRAINING = dict(kind="v", lr=6e-3, ema=0.995)
 DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.4)
 SCHEDULE, T = "cosine", 1000
 
 
 def keep_memory():
-    """Ask glibc to keep what NumPy frees, instead of giving it back to the kernel after every step
-    and getting it anew, page by page."""
+    """Ask glibc to keep what NumPy frees, instead of giving it back to the kernel after every
+    step and getting it anew, page by page."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):      # another C library
             libc = ctypes.CDLL("libc.so.6")
@@ -58,10 +59,14 @@ def keep_memory():
 
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 MNIST_SHA256 = {    # of the unpacked files: one file can be packed in many ways
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+    "train-images-idx3-ubyte":
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte":
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte":
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte":
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 
 
 def read_idx(path):
@@ -73,15 +78,16 @@ def read_idx(path):
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex(' ') or 'nothing'}")
+        raise ValueError(f"{path} is not an IDX file of bytes: it starts with "
+                         f"{raw[:4].hex(' ') or 'nothing'}")
     start = 4 + 4 * raw[3]
     if raw[3] > 4 or len(raw) < start:
-        raise ValueError(f"{path} is damaged: its header promises {raw[3]} dimensions, and the file has "
-                         f"{len(raw)} bytes")
+        raise ValueError(f"{path} is damaged: its header promises {raw[3]} dimensions, and the "
+                         f"file has {len(raw)} bytes")
     shape = tuple(np.frombuffer(raw[4:start], ">u4").tolist())
     if len(raw) != start + math.prod(shape):
-        raise ValueError(f"{path} is damaged: its header promises {math.prod(shape)} bytes of shape {shape}, "
-                         f"and {len(raw) - start} follow")
+        raise ValueError(f"{path} is damaged: its header promises {math.prod(shape)} bytes of "
+                         f"shape {shape}, and {len(raw) - start} follow")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
@@ -94,8 +100,8 @@ def load_digits(directory, split):
         raise FileNotFoundError(f"{directory} has no {split}-{name}, with or without .gz")
     images, labels = read_idx(find("images-idx3-ubyte")), read_idx(find("labels-idx1-ubyte"))
     if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not images.size:
-        raise ValueError(f"{directory}: images of shape {images.shape} and labels of shape {labels.shape} "
-                         "do not belong together")
+        raise ValueError(f"{directory}: images of shape {images.shape} and labels of shape "
+                         f"{labels.shape} do not belong together")
     images = images.reshape(*images.shape[:3], -1)
     return images.astype(np.float32) / 127.5 - 1, labels.astype(np.int64)
 
@@ -112,7 +118,8 @@ def download(args):
         except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
             raise ValueError(f"{url} could not be fetched: {error}") from error
         if found != digest:
-            raise ValueError(f"{url} is not the file that was asked for: its SHA-256 is {found}, not {digest}")
+            raise ValueError(f"{url} is not the file that was asked for: its SHA-256 is "
+                             f"{found}, not {digest}")
         write(path, lambda temporary: temporary.write_bytes(packed))
         print(f"{path}: {len(packed):,} bytes, SHA-256 as it should be")
     print(f"Train on it: python demo.py --data {args.data}")
@@ -121,7 +128,7 @@ def download(args):
 def write(path, make):
     """make(a temporary path), then rename it: the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")       # keeps the ending, which says the format
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")   # the ending says the format
     try:
         make(temporary)
         os.replace(temporary, path)
@@ -147,18 +154,18 @@ def show(ax, images, columns=(), rows=()):
     ax.imshow(tile(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks((np.arange(n_columns) + 0.5) * (W + 2) - 0.5 if len(columns) else [], columns)
     ax.set_yticks((np.arange(n_rows) + 0.5) * (H + 2) - 0.5 if len(rows) else [], rows)
-    ax.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False, labelsize=9)
+    ax.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False,
+                   labelsize=9)
     for side in ax.spines.values():
         side.set_visible(False)
 
 
-def sheet(path, images, columns=(), rows=(), title="", cell=0.6):
+def sheet(path, images, columns=(), rows=(), cell=0.6):
     """Write a picture of rows of images, each `cell` inches wide."""
     n_rows, n_columns, H, W = images.shape[:4]
     figure, ax = plt.subplots(figsize=(cell * n_columns, cell * n_rows * H / W), layout="none")
     ax.set_position((0, 0, 1, 1))
     show(ax, images, columns, rows)
-    ax.set_title(title, fontsize=10, pad=8)
     keep(figure, path)
 
 
@@ -174,8 +181,10 @@ def plot_loss(path, losses):
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
     figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
     ax.semilogy(np.arange(1, len(losses) + 1), losses, lw=0.5, alpha=0.4, label="each step")
-    ax.semilogy(np.arange(len(smooth)) + (width + 1) / 2, smooth, lw=1.5, label=f"mean of {width} steps")
-    ax.set(xlabel="step", ylabel="mean squared error of v", title=f"{smooth[-1]:.4f} at the end")
+    ax.semilogy(np.arange(len(smooth)) + (width + 1) / 2, smooth, lw=1.5,
+                label=f"mean of {width} steps")
+    ax.set(xlabel="step", ylabel="mean squared error of v",
+           title=f"{smooth[-1]:.4f} at the end")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     keep(figure, path)
@@ -195,22 +204,26 @@ def train(args):
         was = settings | {"channels": list(net.config["channels"])}
         for name, value in {**asked, "data": crc(images, labels)}.items():
             if was[name] != value:
-                raise ValueError(f"{path} was trained with {name} {was[name]}, and {value} is asked for now; "
-                                 "--fresh starts over, --out keeps both")
+                raise ValueError(f"{path} was trained with {name} {was[name]}, and {value} is "
+                                 "asked for now; --fresh starts over, --out keeps both")
         print(f"{path}: {state.step} of {settings['steps']} steps are done")
     else:
-        settings = {"steps": STEPS, "batch": BATCH, "lr": TRAINING["lr"], "seed": 0, "kind": TRAINING["kind"],
-                    "schedule": SCHEDULE, "T": T, "data": crc(images, labels), "losses": [], **asked}
+        settings = {"steps": STEPS, "batch": BATCH, "lr": TRAINING["lr"], "seed": 0,
+                    "kind": TRAINING["kind"], "schedule": SCHEDULE, "T": T,
+                    "data": crc(images, labels), "losses": [], **asked}
         channels = settings.pop("channels", CHANNELS)
-        lowest = len(channels) - 1      # where the picture is smallest: more blocks there, and attention
+        lowest = len(channels) - 1      # the smallest picture: more blocks, and attention
         net = td.UNet(image=images.shape[1:], channels=channels, classes=int(labels.max()) + 1,
-                      blocks=(1,) * lowest + (2,), attention=(lowest,), rng=settings["seed"])
+                      blocks=(1,) * lowest + (2,), attention=(lowest,), heads=1,
+                      rng=settings["seed"])
         state = None
-        print(f"{len(images):,} images {net.image}, {net.classes} classes, {net.params.flat.size:,} parameters, "
-              f"{xp.__name__}" + ("" if ON_GPU else f" on {THREADS} threads"))
+        print(f"{len(images):,} images {net.image}, {net.classes} classes, "
+              f"{net.params.flat.size:,} parameters, {xp.__name__}"
+              + ("" if ON_GPU else f" on {THREADS} threads"))
     losses, steps, batch = settings["losses"], settings["steps"], settings["batch"]
-    training = td.train(net, td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"])), images, labels,
-                        steps=steps, batch=batch, rng=settings["seed"] + 1, state=state, threads=THREADS,
+    diffusion = td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"]))
+    training = td.train(net, diffusion, images, labels, steps=steps, batch=batch, state=state,
+                        rng=settings["seed"] + 1, threads=THREADS,
                         **TRAINING | {"lr": settings["lr"], "kind": settings["kind"]})
 
     def save():
@@ -219,13 +232,15 @@ def train(args):
         td.save(path, net, state, **settings)
 
     done = state.step if state else 0
-    with Interrupt() as interrupt, tqdm(total=steps * batch, initial=done * batch, unit=" images",
-                                        unit_scale=True, smoothing=0.05) as bar:
+    progress = tqdm(total=steps * batch, initial=done * batch, unit=" images", unit_scale=True,
+                    smoothing=0.05)
+    with Interrupt() as interrupt, progress as bar:
         saved = time.perf_counter()
         for state in training:
             losses.append(state.loss)
             if state.step % (50 if ON_GPU else 10) == 0:        # a GPU has to be waited for
-                bar.set_postfix_str(f"loss {np.mean([float(loss) for loss in losses[-50:]]):.4f}", refresh=False)
+                recent = np.mean([float(loss) for loss in losses[-50:]])
+                bar.set_postfix_str(f"loss {recent:.4f}", refresh=False)
             bar.update(batch)
             if interrupt.asked or time.perf_counter() - saved > 30 or state.step == steps:
                 save()
@@ -240,13 +255,13 @@ def train(args):
     model = Model(args.out)
     labels = np.tile(np.arange(net.classes), 10)
     images = model.draw(labels, settings["seed"])
-    sheet(args.out / "samples.png", images.reshape(10, net.classes, *net.image), range(net.classes),
-          title=f"DDIM, {DRAWING['steps']} steps, guidance {DRAWING['guidance']}")
+    sheet(args.out / "samples.png", images.reshape(10, net.classes, *net.image),
+          range(net.classes))
     chosen = np.arange(0, net.classes, max(1, net.classes // 5))
     frames = dict(model.frames(chosen, settings["seed"], **DRAWING))
     at = np.array(list(frames))[np.linspace(0, len(frames) - 1, 10).astype(int)]
-    sheet(args.out / "denoising.png", np.stack([asnumpy(frames[t]) for t in at], 1), [f"t={t}" for t in at],
-          title="from noise to digits")
+    sheet(args.out / "denoising.png", np.stack([asnumpy(frames[t]) for t in at], 1),
+          [f"t = {t}" for t in at])
     plot_loss(args.out / "loss.png", losses)
     print(f"all of it took {time.perf_counter() - began:.0f} s")
 
@@ -291,21 +306,18 @@ class Model:
             raise FileNotFoundError(f"{path} is not there yet; `python demo.py` trains it")
         self.net, state, settings = checkpoint(path)
         self.net = self.net.twin(state.ema.flat)
-        self.model = td.parallel(self.net, *((1, 500) if ON_GPU else (THREADS, 16)))    # threads, chunk
-        self.kind, self.trained = settings["kind"], f"{state.step} steps"
+        threads, chunk = (1, 500) if ON_GPU else (THREADS, 16)
+        self.model = td.parallel(self.net, threads, chunk)
+        self.kind = settings["kind"]
         self.diffusion = td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"]))
-
-    def start(self, labels, seed):
-        """The sampler's generator and x_T, from one seed."""
-        rng = np.random.default_rng(seed)
-        return rng, td.normal(rng, (len(labels), *self.net.image))
 
     def guided(self, labels, w):
         return td.guided(self.model, labels, self.net.null, w)
 
     def frames(self, labels, seed, sampler, steps, eta, guidance):
-        """(t, x_t), from x_T to x_0."""
-        rng, x = self.start(labels, seed)
+        """(t, x_t), from x_T to x_0. The seed decides x_T and the noise on the way."""
+        rng = np.random.default_rng(seed)
+        x = td.normal(rng, (len(labels), *self.net.image))
         yield self.diffusion.T, x
         model = self.guided(labels, guidance)
         if sampler == "ddpm":
@@ -318,8 +330,8 @@ class Model:
         steps = self.diffusion.T if drawing.get("sampler") == "ddpm" else DRAWING["steps"]
         drawing = {**DRAWING, "steps": steps, **drawing}
         title = f"{len(labels)} images, {drawing['sampler']}, guidance {drawing['guidance']}"
-        bar = tqdm(self.frames(labels, seed, **drawing), title, total=drawing["steps"] + 1, unit=" steps")
-        return asnumpy(td.sample(bar))
+        frames = self.frames(labels, seed, **drawing)
+        return asnumpy(td.sample(tqdm(frames, title, drawing["steps"] + 1, unit=" steps")))
 
 
 def sample(args):
@@ -327,7 +339,8 @@ def sample(args):
     model = Model(args.out)
     digits = args.digits if args.digits is not None else range(model.net.classes)
     if not all(0 <= d < model.net.classes for d in digits):
-        raise ValueError(f"digits are {list(digits)}; the network knows 0..{model.net.classes - 1}")
+        raise ValueError(f"digits are {list(digits)}; the network knows "
+                         f"0..{model.net.classes - 1}")
     labels = np.resize(digits, args.count or 10 * len(digits))
     began = time.perf_counter()
     images = model.draw(labels, args.seed, **given(args, "sampler", "steps", "eta", "guidance"))
@@ -351,10 +364,11 @@ def given(args, *names):
 
 
 def speed(args):
-    """DDPM with all steps against DDIM with 10, 20 and 50 and eta 0, 0.5 and 1: time and picture."""
+    """DDPM with all steps against DDIM with 10, 20, 50 and eta 0, 0.5, 1: time and picture."""
     model = Model(args.out)
     labels = np.arange(model.net.classes)
-    runs = [("ddpm", args.full, None)] + [("ddim", n, eta) for n in (10, 20, 50) for eta in (0, 0.5, 1)]
+    runs = [("ddpm", args.full, None)]
+    runs += [("ddim", steps, eta) for steps in (10, 20, 50) for eta in (0, 0.5, 1)]
     rows, names, times = [], [], []
     for sampler, steps, eta in runs:
         began = time.perf_counter()
@@ -393,7 +407,8 @@ def forward(args):
     for t in steps:
         print(f"{t:5}{diffusion.abar[t]:12.4g}{diffusion.snr[t]:12.4g}")
     frames = np.stack([asnumpy(diffusion.q_sample(x0, t, eps)) for t in steps], 1)
-    sheet(args.out / "forward.png", frames, [f"t = {t}\nSNR {diffusion.snr[t]:.2g}" for t in steps], cell=1.2)
+    headings = [f"t = {t}\nSNR {diffusion.snr[t]:.2g}" for t in steps]
+    sheet(args.out / "forward.png", frames, headings, cell=1.2)
 
 
 def schedules(args):
@@ -404,7 +419,8 @@ def schedules(args):
     every = {name: td.Diffusion(betas(T)) for name, betas in td.SCHEDULES.items()}
     every["linear, zero SNR"] = td.Diffusion(td.zero_terminal_snr(td.linear_betas(T)))
     steps, t = (200, 500, 800), np.arange(1, T + 1)
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4.6), width_ratios=(3, 3, 3, 2.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4.6), width_ratios=(3, 3, 3, 2.4),
+                                layout="constrained")
     print(f"{'':18}" + "".join(f"{f'SNR({s})':>12}" for s in (*steps, T)))
     with np.errstate(divide="ignore"):
         for (name, d), style in zip(every.items(), ("-", "--", "-", "-", "--", "-", "-", ":")):
@@ -417,7 +433,8 @@ def schedules(args):
     axes[0].set(yscale="log")
     axes[2].set(ylim=(-6, 6))
     axes[0].legend(fontsize=8)
-    frames = np.stack([np.concatenate([asnumpy(d.q_sample(x0, s, eps)) for s in steps]) for d in every.values()])
+    frames = np.stack([[asnumpy(d.q_sample(x0, s, eps))[0] for s in steps]
+                       for d in every.values()])
     show(axes[3], frames, [f"t={s}" for s in steps], list(every))
     keep(figure, args.out / "schedules.png")
 
@@ -427,22 +444,25 @@ def bpd(args):
     model = Model(args.out)
     images, labels = load_digits(args.data, "t10k")
     pick = np.random.default_rng(args.seed).permutation(len(images))[:args.count]
-    every = []
-    for rows in tqdm(np.array_split(pick, -(-len(pick) // 50)), "batches of 50 digits"):
-        every.append(model.diffusion.bits_per_dim(model.guided(labels[rows], 1), xp.asarray(images[rows]),
-                                                  np.random.default_rng(rows[0]), model.kind))
-    size = np.array([len(rows) for rows in np.array_split(pick, -(-len(pick) // 50))])
-    prior, steps, decoder, total = (sum(n * part[name] for n, part in zip(size, every)) / size.sum()
-                                    for name in ("prior", "steps", "decoder", "total"))
+    parts = np.array_split(pick, -(-len(pick) // 50))
+    bits = []
+    for rows in tqdm(parts, "batches of 50 digits"):
+        bits.append(model.diffusion.bits_per_dim(
+            model.guided(labels[rows], 1), xp.asarray(images[rows]),
+            np.random.default_rng(args.seed), model.kind))
+    prior, steps, decoder, total = (
+        sum(len(rows) * part[name] for rows, part in zip(parts, bits)) / len(pick)
+        for name in ("prior", "steps", "decoder", "total"))
     print(f"{len(pick)} test digits: {total:.3f} bits per dimension\n"
           f"  prior    {prior:.5f}   x_T is not quite noise\n"
-          f"  steps    {steps.sum():.5f}   the model's x0 against the true one, t = 2..{model.diffusion.T}\n"
+          f"  steps    {steps.sum():.5f}   the model's x0 is not the true one; sum over t > 1\n"
           f"  decoder  {decoder:.5f}   from x_1 to bytes")
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     ax.loglog(np.arange(2, model.diffusion.T + 1), steps, lw=1)
     ax.plot(1, decoder, "o", label=f"decoder {decoder:.3f}")
     ax.plot([], [], " ", label=f"steps {steps.sum():.3f}, prior {prior:.5f}")
-    ax.set(xlabel="t", ylabel="bits per dimension of the step to t-1", title=f"{total:.3f} bits per dimension in all")
+    ax.set(xlabel="t", ylabel="bits per dimension of the step to t-1",
+           title=f"{total:.3f} bits per dimension in all")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     keep(figure, args.out / "bpd.png")
@@ -452,14 +472,15 @@ def bpd(args):
 
 def classifier_layout(image, classes):
     H, W, C = image
-    stages = [{"conv": td.conv_layout(c, d), "norm": td.norm_layout(d)} for c, d in ((C, 16), (16, 32), (32, 64))]
-    return {"stages": stages, "features": td.linear_layout(H // 4 * (W // 4) * 64, 64),
+    return {"stages": [{"conv": td.conv_layout(c, d), "norm": td.norm_layout(d)}
+                       for c, d in ((C, 16), (16, 32), (32, 64))],
+            "features": td.linear_layout(H // 4 * (W // 4) * 64, 64),
             "out": td.linear_layout(64, classes)}
 
 
 def classify(p, x):
-    """Images (B, H, W, C) -> 64 features each, logits, and back. Three convolutions, the picture
-    halved between them, then two linear layers."""
+    """Images (B, H, W, C) -> 64 features each, logits, and back. Three convolutions, the
+    picture halved between them, then two linear layers."""
     backs = []
     for i, stage in enumerate(p.stages):
         x, down_back = td.down(x) if i else (x, lambda dy: None)    # images need no gradient
@@ -473,31 +494,31 @@ def classify(p, x):
 
     def back(dlogits, g):
         dx = features_back(feature_back(out_back(dlogits, g.out)), g.features).reshape(x.shape)
-        for (silu_back, norm_back, conv_back, down_back), gs in zip(backs[::-1], g.stages[::-1]):
+        for gs, (silu_back, norm_back, conv_back, down_back) in zip(g.stages[::-1], backs[::-1]):
             dx = down_back(conv_back(norm_back(silu_back(dx), gs.norm), gs.conv))
     return features, logits, back
 
 
-def train_classifier(images, labels, epochs=5, batch=50, lr=2e-3):
+def train_classifier(images, labels, epochs=5, batch=50, highest=2e-3):
     """The classifier's parameters after `epochs` of cross-entropy, a Tree."""
     rng = np.random.default_rng(0)
     layout = classifier_layout(images.shape[1:], int(labels.max()) + 1)
     p = td.Tree(layout, xp.asarray(td.initial(layout, rng), np.float32))
     g = td.Tree(layout, xp.zeros_like(p.flat))
     adam, step, steps = td.Adam(p.flat), 0, epochs * (len(images) // batch)
-    with tqdm(total=steps * batch, desc="training the classifier", unit=" images", unit_scale=True) as bar:
-        for _ in range(epochs):
-            for rows in rng.permutation(len(images))[:steps // epochs * batch].reshape(-1, batch):
-                # Shifted by a pixel at random: 10,000 digits are few.
-                shifted = np.roll(images[rows], rng.integers(-1, 2, 2), (1, 2))
-                g.flat[:] = 0
-                _, logits, back = classify(p, xp.asarray(shifted))
-                e = xp.exp(logits - logits.max(1, keepdims=True))
-                onehot = xp.eye(logits.shape[1], dtype=logits.dtype)[xp.asarray(labels[rows])]
-                back((e / e.sum(1, keepdims=True) - onehot) / batch, g)     # of the mean -log p(label)
-                adam.step(p.flat, g.flat, td.learning_rate(step, steps, lr, warmup=50), decay=0.01)
-                step += 1
-                bar.update(batch)
+    for _ in tqdm(range(epochs), "training the classifier", unit=" epochs"):
+        for rows in rng.permutation(len(images))[:steps // epochs * batch].reshape(-1, batch):
+            # Shifted by a pixel at random: 10,000 digits are few.
+            shifted = np.roll(images[rows], rng.integers(-1, 2, 2), (1, 2))
+            g.flat[:] = 0
+            _, logits, back = classify(p, xp.asarray(shifted))
+            e = xp.exp(logits - logits.max(1, keepdims=True))
+            onehot = xp.eye(logits.shape[1], dtype=e.dtype)[xp.asarray(labels[rows])]
+            # The gradient of the mean of -log p(label), p = softmax(logits).
+            back((e / e.sum(1, keepdims=True) - onehot) / batch, g)
+            lr = td.learning_rate(step, steps, highest, warmup=50)
+            adam.step(p.flat, g.flat, lr, decay=0.01)
+            step += 1
     return p
 
 
@@ -511,7 +532,7 @@ def load_classifier(args):
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) == key:
                 return td.Tree(layout, xp.asarray(file["params"])), images
-    except Exception:       # not there, or damaged, which fails in many ways: made anew in a minute
+    except Exception:       # not there, or damaged, which fails in many ways
         pass
     p = train_classifier(images, labels)
     write(path, lambda temporary: np.savez(temporary, params=asnumpy(p.flat), key=key))
@@ -526,8 +547,9 @@ def four(images):
 
 def read(p, images):
     """What the classifier sees: features (N, 64) and labels (N,), on the host."""
-    every = [classify(p, xp.asarray(part))[:2] for part in np.array_split(images, -(-len(images) // 100))]
-    features, logits = (np.concatenate([asnumpy(a) for a in column]) for column in zip(*every))
+    parts = np.array_split(images, -(-len(images) // 100))
+    outs = [classify(p, xp.asarray(part))[:2] for part in parts]
+    features, logits = (np.concatenate([asnumpy(a) for a in column]) for column in zip(*outs))
     return features.astype(np.float64), logits.argmax(1)
 
 
@@ -548,21 +570,25 @@ def score(args):
     reference = read(p, images)[0]
     test, test_labels = load_digits(args.data, "t10k")
     test_features, test_read = read(p, four(test))
-    print(f"the classifier reads {np.mean(test_read == test_labels):.1%} of {len(test):,} test digits as labelled")
+    print(f"the classifier reads {np.mean(test_read == test_labels):.1%} of {len(test):,} test "
+          "digits as labelled")
     labels = np.arange(args.count) % model.net.classes
-    rows = [(f"{len(test):,} real test digits", test_features, test_read == test_labels)]
-    wrong = []
+    rows = [("real test digits", test, test_labels, test_read, test_features)]
     for w in args.guidance:
-        samples = model.draw(labels, args.seed, guidance=w, **given(args, "sampler", "steps", "eta"))
+        samples = model.draw(labels, args.seed, guidance=w,
+                             **given(args, "sampler", "steps", "eta"))
         features, seen = read(p, four(samples))
-        rows.append((f"{len(samples):,} samples, w = {w:g}", features, seen == labels))
-        wrong += [(samples[i], f"{labels[i]}, not {seen[i]}") for i in np.flatnonzero(seen != labels)[:10]]
-    print(f"\n{'':28}accuracy   Frechet distance to {len(images):,} training digits")
-    for name, features, right in rows:
-        print(f"{name:28}{right.mean():8.1%}{frechet(reference, features):11.3f}")
-    if wrong:
-        sheet(args.out / "score.png", np.stack([image for image, _ in wrong])[None], [text for _, text in wrong],
-              title="samples that the classifier reads as something else")
+        rows.append((f"samples, w = {w:g}", samples, labels, seen, features))
+    print(f"\n{'':24}{'number':>8}{'accuracy':>11}   Frechet distance to {len(images):,} "
+          "training digits")
+    names, pictures = [], []
+    for name, samples, labels, seen, features in rows:
+        accuracy, distance = np.mean(seen == labels), frechet(reference, features)
+        print(f"{name:24}{len(samples):8,}{accuracy:11.1%}{distance:11.3f}")
+        names.append(f"{name}: {accuracy:.1%}, {distance:.2f}")
+        first = [np.flatnonzero(labels == k)[0] for k in range(model.net.classes)]
+        pictures.append(samples[first])
+    sheet(args.out / "score.png", np.stack(pictures), range(model.net.classes), names)
 
 
 # --------------------------------------------------------------------------- the command line
@@ -579,7 +605,8 @@ def number(kind, low, high=math.inf):
 
 
 def parser():
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
     def command(function, *options):
@@ -593,45 +620,57 @@ def parser():
         shown = settings.get("default") if shown is None else shown
         if isinstance(shown, (list, tuple)):
             shown = " ".join(map(str, shown))
-        return flag, dict(help=help if shown is None else f"{help} (default: {shown})", **settings)
+        help = help if shown is None else f"{help} (default: {shown})"
+        return flag, dict(help=help, **settings)
 
-    whole, share = number(int, 1), number(float, 0, 1)
-    out = option("--out", "where the checkpoint is and the pictures go", type=Path, default=Path("out"),
-                 metavar="DIR")
-    data = option("--data", "directory of MNIST, Fashion-MNIST, ... files, gzipped or not", type=Path,
-                  default=HERE / "data", shown="the bundled digits", metavar="DIR")
-    seed = option("--seed", "of the noise", type=number(int, 0), default=0, metavar="N")
-    drawing = [option("--sampler", "ddim, or ddpm", choices=("ddim", "ddpm"), default="ddim"),
-               option("--steps", "calls of the network", shown=f"{DRAWING['steps']}, or all T with ddpm",
-                      type=whole, metavar="N"),
-               option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share, default=DRAWING["eta"])]
+    whole, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
+    weight = number(float, -1e3, 1e3)
+    out = option("--out", "where the checkpoint is and the pictures go", type=Path,
+                 default=Path("out"), metavar="DIR")
+    data = option("--data", "directory of MNIST, Fashion-MNIST, ... files, gzipped or not",
+                  type=Path, default=HERE / "data", shown="the bundled digits", metavar="DIR")
+    seed = option("--seed", "of the noise", type=natural, default=0, metavar="N")
+    drawing = [
+        option("--sampler", "ddim, or ddpm", choices=("ddim", "ddpm"), default="ddim"),
+        option("--steps", "calls of the network", shown=f"{DRAWING['steps']}, or all with ddpm",
+               type=whole, metavar="N"),
+        option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share,
+               default=DRAWING["eta"])]
     command(train, data,
             option("--steps", "steps of training", shown=STEPS, type=whole, metavar="N"),
             option("--batch", "images a step", shown=BATCH, type=whole, metavar="N"),
-            option("--lr", "highest learning rate", shown=TRAINING["lr"], type=number(float, 0, 1), metavar="X"),
-            option("--channels", "of each level", shown=CHANNELS, type=whole, nargs="+", metavar="C"),
+            option("--lr", "highest learning rate", shown=TRAINING["lr"], type=share,
+                   metavar="X"),
+            option("--channels", "of each level", shown=CHANNELS, type=whole, nargs="+",
+                   metavar="C"),
             option("--seed", "of the parameters, the training and the samples", shown=0,
-                   type=number(int, 0), metavar="N"),
+                   type=natural, metavar="N"),
             option("--fresh", "start over, and replace the checkpoint", action="store_true"))
     command(sample, *drawing, seed,
-            option("--digits", "which to draw, a column each", shown="all", type=int, nargs="+", metavar="D"),
+            option("--digits", "which to draw, a column each", shown="all", type=int, nargs="+",
+                   metavar="D"),
             option("--count", "how many images", shown="10 a digit", type=whole, metavar="N"),
             option("--guidance", "weight w: 0 ignores the labels, 1 follows them, more insists",
-                   type=number(float, -1e3, 1e3), default=DRAWING["guidance"], metavar="W"),
-            option("--save", "write all images and labels here, .npz", type=Path, metavar="FILE"))
-    command(speed, seed, option("--full", "steps of DDPM", type=whole, default=T, metavar="N"))
+                   type=weight, default=DRAWING["guidance"], metavar="W"),
+            option("--save", "write all images and labels here, .npz", type=Path,
+                   metavar="FILE"))
+    command(speed, seed,
+            option("--full", "steps of DDPM", type=whole, default=T, metavar="N"))
     command(guidance, seed)
+    command(bpd, data, seed,
+            option("--count", "test digits", type=whole, default=100, metavar="N"))
     command(score, data, *drawing, seed,
-            option("--count", "samples of each", type=number(int, 100), default=1000, metavar="N"),
-            option("--guidance", "weights to score", type=number(float, -1e3, 1e3), nargs="+", default=[1.0, DRAWING["guidance"]],
-                   metavar="W"))
-    command(bpd, data, seed, option("--count", "test digits", type=whole, default=100, metavar="N"))
+            option("--count", "samples of each weight", type=number(int, 100), default=1000,
+                   metavar="N"),
+            option("--guidance", "weights to score", type=weight, nargs="+",
+                   default=[1.0, DRAWING["guidance"]], metavar="W"))
     command(forward, data, seed,
             option("--digit", "which digit to show", type=int, default=8, metavar="D"),
             option("--schedule", "of the noise", choices=list(td.SCHEDULES), default="linear"))
     command(schedules, data, seed)
     command(download,
-            option("--data", "directory to fill", type=Path, default=Path("mnist"), metavar="DIR"),
+            option("--data", "directory to fill", type=Path, default=Path("mnist"),
+                   metavar="DIR"),
             option("--url", "where the four .gz files are", default=MNIST_URL))
     return top, commands.choices
 

@@ -1106,7 +1106,8 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
                 pick = rng.integers(len(images), size=batch)
                 # One t from each of `batch` equal parts of 1..T: uniform, with less noise than
                 # independent ones.
-                t = 1 + (diffusion.T * (np.arange(batch) + rng.random(batch)) / batch).astype(int)
+                u = (np.arange(batch) + rng.random(batch)) / batch
+                t = 1 + (diffusion.T * u).astype(int)
                 y = np.where(rng.random(batch) < label_drop, net.null, labels[pick])
                 eps = normal(rng, (batch, *net.image), images.dtype)
                 seed = rng.integers(2 ** 63)

@@ -815,10 +815,10 @@ def test_the_classifier_learns():
 
 @pytest.mark.slow
 def test_the_classifier_reads_digits():
-    """Its judgement counts: 97 of 100 test digits it has not seen."""
+    """Its judgement counts: 98 of 100 test digits it has not seen."""
     p = demo.train_classifier(*demo.load_digits(demo.HERE / "data", "train"))
     images, labels = demo.load_digits(demo.HERE / "data", "t10k")
-    assert np.mean(demo.read(p, images)[1] == labels) > 0.97
+    assert np.mean(demo.read(p, images)[1] == labels) >= 0.98
 
 
 def options(data, out):
