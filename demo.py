@@ -232,9 +232,9 @@ def train(args):
         td.save(path, net, state, **settings)
 
     done = state.step if state else 0
-    progress = tqdm(total=steps * batch, initial=done * batch, unit=" images", unit_scale=True,
-                    smoothing=0.05)
-    with Interrupt() as interrupt, progress as bar:
+    with (Interrupt() as interrupt,
+          tqdm(total=steps * batch, initial=done * batch, unit=" images", unit_scale=True,
+               smoothing=0.05) as bar):
         saved = time.perf_counter()
         for state in training:
             losses.append(state.loss)
@@ -443,13 +443,13 @@ def bpd(args):
     """Bits per dimension of test digits, given their labels, with the bound's parts."""
     model = Model(args.out)
     images, labels = load_digits(args.data, "t10k")
-    pick = np.random.default_rng(args.seed).permutation(len(images))[:args.count]
+    rng = np.random.default_rng(args.seed)
+    pick = rng.permutation(len(images))[:args.count]
     parts = np.array_split(pick, -(-len(pick) // 50))
     bits = []
     for rows in tqdm(parts, "batches of 50 digits"):
         bits.append(model.diffusion.bits_per_dim(
-            model.guided(labels[rows], 1), xp.asarray(images[rows]),
-            np.random.default_rng(args.seed), model.kind))
+            model.guided(labels[rows], 1), xp.asarray(images[rows]), rng, model.kind))
     prior, steps, decoder, total = (
         sum(len(rows) * part[name] for rows, part in zip(parts, bits)) / len(pick)
         for name in ("prior", "steps", "decoder", "total"))
@@ -478,9 +478,9 @@ def classifier_layout(image, classes):
             "out": td.linear_layout(64, classes)}
 
 
-def classify(p, x):
+def classify(p, x, rng=None):
     """Images (B, H, W, C) -> 64 features each, logits, and back. Three convolutions, the
-    picture halved between them, then two linear layers."""
+    picture halved between them, then two linear layers; an rng turns dropout on."""
     backs = []
     for i, stage in enumerate(p.stages):
         x, down_back = td.down(x) if i else (x, lambda dy: None)    # images need no gradient
@@ -490,11 +490,14 @@ def classify(p, x):
         backs.append((silu_back, norm_back, conv_back, down_back))
     h, features_back = td.linear(p.features, x.reshape(len(x), -1))
     features, feature_back = td.silu(h)
-    logits, out_back = td.linear(p.out, features)
+    kept, dropout_back = td.dropout(features, 0.5, rng)
+    logits, out_back = td.linear(p.out, kept)
 
     def back(dlogits, g):
-        dx = features_back(feature_back(out_back(dlogits, g.out)), g.features).reshape(x.shape)
-        for gs, (silu_back, norm_back, conv_back, down_back) in zip(g.stages[::-1], backs[::-1]):
+        dh = feature_back(dropout_back(out_back(dlogits, g.out)))
+        dx = features_back(dh, g.features).reshape(x.shape)
+        for gs, stage_backs in zip(g.stages[::-1], backs[::-1]):
+            silu_back, norm_back, conv_back, down_back = stage_backs
             dx = down_back(conv_back(norm_back(silu_back(dx), gs.norm), gs.conv))
     return features, logits, back
 
@@ -508,10 +511,10 @@ def train_classifier(images, labels, epochs=5, batch=50, highest=2e-3):
     adam, step, steps = td.Adam(p.flat), 0, epochs * (len(images) // batch)
     for _ in tqdm(range(epochs), "training the classifier", unit=" epochs"):
         for rows in rng.permutation(len(images))[:steps // epochs * batch].reshape(-1, batch):
-            # Shifted by a pixel at random: 10,000 digits are few.
-            shifted = np.roll(images[rows], rng.integers(-1, 2, 2), (1, 2))
+            # Shifted by up to 2 pixels at random: 10,000 digits are few.
+            shifted = np.roll(images[rows], rng.integers(-2, 3, 2), (1, 2))
             g.flat[:] = 0
-            _, logits, back = classify(p, xp.asarray(shifted))
+            _, logits, back = classify(p, xp.asarray(shifted), rng)
             e = xp.exp(logits - logits.max(1, keepdims=True))
             onehot = xp.eye(logits.shape[1], dtype=e.dtype)[xp.asarray(labels[rows])]
             # The gradient of the mean of -log p(label), p = softmax(logits).
@@ -563,32 +566,44 @@ def frechet(a, b):
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
 
 
+def load_samples(path, image):
+    """Images and labels that `sample --save` wrote, or anyone else: x (N, H, W, C), y (N,)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = file["x"], file["y"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:      # a damaged archive fails in many ways
+        raise ValueError(f"{path} is not an .npz of x and y ({str(error)[:100]})") from error
+    if x.shape[1:] != image or y.shape != x.shape[:1] or len(x) < 100 or x.dtype.kind != "f":
+        raise ValueError(f"{path} has x {x.dtype} {x.shape} and y {y.shape}; they have to be "
+                         f"floats (N, *{image}) and labels (N,), with N at least 100")
+    return x, y
+
+
 def score(args):
     """Class accuracy and Frechet distance of samples, beside those of as many real digits."""
-    model = Model(args.out)
+    test, test_labels = load_digits(args.data, "t10k")
+    if args.samples:
+        drawn = [(path.name, *load_samples(path, test.shape[1:])) for path in args.samples]
+    else:
+        model = Model(args.out)
+        labels = np.arange(args.count) % model.net.classes
+        drawn = [(f"samples, w = {w:g}", model.draw(
+            labels, args.seed, guidance=w, **given(args, "sampler", "steps", "eta")), labels)
+            for w in args.guidance]
     p, images = load_classifier(args)
     reference = read(p, images)[0]
-    test, test_labels = load_digits(args.data, "t10k")
-    test_features, test_read = read(p, four(test))
-    print(f"the classifier reads {np.mean(test_read == test_labels):.1%} of {len(test):,} test "
-          "digits as labelled")
-    labels = np.arange(args.count) % model.net.classes
-    rows = [("real test digits", test, test_labels, test_read, test_features)]
-    for w in args.guidance:
-        samples = model.draw(labels, args.seed, guidance=w,
-                             **given(args, "sampler", "steps", "eta"))
-        features, seen = read(p, four(samples))
-        rows.append((f"samples, w = {w:g}", samples, labels, seen, features))
     print(f"\n{'':24}{'number':>8}{'accuracy':>11}   Frechet distance to {len(images):,} "
           "training digits")
     names, pictures = [], []
-    for name, samples, labels, seen, features in rows:
-        accuracy, distance = np.mean(seen == labels), frechet(reference, features)
-        print(f"{name:24}{len(samples):8,}{accuracy:11.1%}{distance:11.3f}")
+    for name, x, y in [("real test digits", test, test_labels), *drawn]:
+        features, seen = read(p, four(x))
+        accuracy, distance = np.mean(seen == y), frechet(reference, features)
+        print(f"{name:24}{len(x):8,}{accuracy:11.1%}{distance:11.3f}")
         names.append(f"{name}: {accuracy:.1%}, {distance:.2f}")
-        first = [np.flatnonzero(labels == k)[0] for k in range(model.net.classes)]
-        pictures.append(samples[first])
-    sheet(args.out / "score.png", np.stack(pictures), range(model.net.classes), names)
+        pictures.append(np.stack([x[np.argmax(y == k)] for k in np.unique(test_labels)]))
+    sheet(args.out / "score.png", np.stack(pictures), np.unique(test_labels), names)
 
 
 # --------------------------------------------------------------------------- the command line
@@ -663,7 +678,9 @@ def parser():
             option("--count", "samples of each weight", type=number(int, 100), default=1000,
                    metavar="N"),
             option("--guidance", "weights to score", type=weight, nargs="+",
-                   default=[1.0, DRAWING["guidance"]], metavar="W"))
+                   default=[1.0, DRAWING["guidance"]], metavar="W"),
+            option("--samples", "score these, from sample --save, instead of drawing",
+                   type=Path, nargs="+", metavar="FILE"))
     command(forward, data, seed,
             option("--digit", "which digit to show", type=int, default=8, metavar="D"),
             option("--schedule", "of the noise", choices=list(td.SCHEDULES), default="linear"))

@@ -733,7 +733,7 @@ def res_block(p, x, emb, drop):
     h, norm1_back = norm(p.norm1, x)
     h, silu1_back = silu(h)
     h, conv1_back = conv3x3(p.conv1, h)
-    film, film_back = linear(p.film, emb)
+    film, film_back = linear(p.film, emb)       # "feature-wise linear modulation"
     scale, shift = xp.split(film, 2, axis=1)
     h, norm2_back = group_norm(h, scale, shift)
     h, silu2_back = silu(h)

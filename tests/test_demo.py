@@ -738,10 +738,11 @@ def test_bpd(trained, data, capsys):
     parts = [float(part) for part in re.findall(r"^  \w+ +([\d.]+) ", said, re.M)]
     assert len(parts) == 3 and sum(parts) == pytest.approx(total, abs=6e-4)
     images, labels = demo.load_digits(data, "t10k")
-    pick = np.random.default_rng(1).permutation(12)[:2]
+    rng = np.random.default_rng(1)
+    pick = rng.permutation(12)[:2]
     model = demo.Model(trained)
     bound = model.diffusion.bits_per_dim(lambda x, t: model.net(x, t, labels[pick]),
-                                         images[pick], np.random.default_rng(pick[0]), "v")
+                                         images[pick], rng, "v")
     assert total == pytest.approx(float(bound["total"]), abs=6e-4)
     assert plt.imread(trained / "bpd.png").ndim == 3
 
@@ -893,7 +894,7 @@ def test_frechet_of_the_same_and_of_turned_features():
 
 
 def test_score(trained, data, tmp_path, stub, capsys):
-    """The table's lines are the accuracy and the distance of what was drawn."""
+    """The table's lines are the accuracy and the distance of what was drawn, or was saved."""
     (tmp_path / "model.npz").write_bytes((trained / "model.npz").read_bytes())
     run("score", "--count", "100", "--guidance", "0", "3", "--steps", "5", "--out", tmp_path)
     said = capsys.readouterr().out
@@ -902,12 +903,28 @@ def test_score(trained, data, tmp_path, stub, capsys):
 
     def line(name, images, labels):
         features, seen = demo.read(p, images)
-        accuracy, distance = re.search(rf"^{name} +([\d.]+)% +([\d.]+)$", said, re.M).groups()
+        number, accuracy, distance = re.search(rf"^{name} +(\d+) +([\d.]+)% +([\d.]+)$", said,
+                                               re.M).groups()
+        assert int(number) == len(images)
         assert float(accuracy) == pytest.approx(100 * np.mean(seen == labels), abs=0.051)
         assert float(distance) == pytest.approx(demo.frechet(reference, features), abs=6e-4)
 
-    line("12 real test digits", *demo.load_digits(data, "t10k"))
+    line("real test digits", *demo.load_digits(data, "t10k"))
     for w in (0, 3):
-        line(f"100 samples, w = {w}",
-             *draw(tmp_path, "--count", "100", "--guidance", w, "--steps", "5"))
+        x, y = draw(tmp_path, "--count", "100", "--guidance", w, "--steps", "5")
+        line(f"samples, w = {w}", x, y)
+    np.savez(tmp_path / "mine.npz", x=x, y=y)
+    run("score", "--samples", tmp_path / "mine.npz", "--out", tmp_path)
+    said = capsys.readouterr().out
+    line("mine.npz", x, y)
     assert plt.imread(tmp_path / "score.png").ndim == 3
+
+
+@pytest.mark.parametrize("arrays", [
+    {}, {"x": np.zeros((100, 8, 8, 1))}, {"x": np.zeros((100, 2, 2, 1)), "y": np.zeros(100)},
+    {"x": np.zeros((99, 8, 8, 1)), "y": np.zeros(99)}])
+def test_samples_that_cannot_be_scored(arrays, data, tmp_path, stub):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(SystemExit, match="demo.py: .*bad.npz"):
+        run("score", "--samples", tmp_path / "bad.npz", "--data", data, "--out", tmp_path)
+    assert not stub         # no classifier was trained for them

@@ -215,11 +215,15 @@ def test_every_thread_drops_out_other_units():
 
 
 def test_two_batches_accumulated_are_one_of_twice_the_size():
-    nets, states = (small(), small()), []
-    for net, options in zip(nets, [dict(batch=4, accumulate=2), dict(batch=8, accumulate=1)]):
+    """Where all is alike but how it is cut: one step of noise, no label dropped."""
+    nets, states, (images, labels) = (small(), small()), [], data()
+    for net, cut in zip(nets, [dict(batch=4, accumulate=2), dict(batch=8, accumulate=1)]):
         flat = net.params.flat
         state = td.State(td.Adam(flat), td.EMA(flat), Streams())
-        states.append(trained(net, data()[1], state=state, **options))
+        for state in td.train(net, td.Diffusion([0.5]), images, labels, steps=3, label_drop=0,
+                              state=state, **cut):
+            pass
+        states.append(state)
     close(nets[0].params.flat, nets[1].params.flat, 1e-8)
     close(float(states[0].loss), float(states[1].loss))
 
@@ -264,6 +268,15 @@ def test_decay_and_ema_reach_their_places():
                               ema=0.05))
     close(stub.params.flat, 1 - first.lr * 0.5)
     close(first.ema.flat, 0.05 * 1 + 0.95 * stub.params.flat)
+
+
+def test_each_batch_covers_the_steps_evenly():
+    """One t from each of as many parts of 1..T as there are images: all of T = 64, here."""
+    stub = Stub(classes=0)
+    for _ in td.train(stub, td.Diffusion(td.linear_betas(64)), data()[0], steps=5, batch=64):
+        pass
+    asked = np.concatenate([t for _, t, _ in stub.asked]).reshape(5, 64)
+    assert np.array_equal(np.sort(asked, 1), np.tile(np.arange(1, 65), (5, 1)))
 
 
 def test_what_is_drawn():
