@@ -37,11 +37,12 @@ HERE = Path(__file__).parent
 ON_GPU = xp is not np
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-# Chosen by measuring what five minutes on two CPU cores give best. The GPU's is larger.
+# Chosen by measurement: the best found for five minutes on two CPU cores. For a GPU, larger.
 CHANNELS = (64, 128, 128) if ON_GPU else (16, 32, 64)
 STEPS, BATCH = (6000, 128) if ON_GPU else (1400, 64)
 TRAINING = dict(kind="v", lr=6e-3, ema=0.995)
-DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.4)
+DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.6)
+GUIDED_BELOW = 0.8      # guidance above w = 1 waits until t has come down to this share of T
 SCHEDULE, T = "cosine", 1000
 
 
@@ -227,7 +228,7 @@ def train(args):
                         **TRAINING | {"lr": settings["lr"], "kind": settings["kind"]})
 
     def save():
-        losses[:] = map(float, losses)      # on a GPU they are still there
+        losses[:] = map(float, losses)      # on a GPU they are still device arrays
         args.out.mkdir(parents=True, exist_ok=True)
         td.save(path, net, state, **settings)
 
@@ -312,7 +313,8 @@ class Model:
         self.diffusion = td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"]))
 
     def guided(self, labels, w):
-        return td.guided(self.model, labels, self.net.null, w)
+        interval = (1, GUIDED_BELOW * self.diffusion.T) if w > 1 else None
+        return td.guided(self.model, labels, self.net.null, w, interval=interval)
 
     def frames(self, labels, seed, sampler, steps, eta, guidance):
         """(t, x_t), from x_T to x_0. The seed decides x_T and the noise on the way."""
@@ -511,7 +513,7 @@ def train_classifier(images, labels, epochs=5, batch=50, highest=2e-3):
     adam, step, steps = td.Adam(p.flat), 0, epochs * (len(images) // batch)
     for _ in tqdm(range(epochs), "training the classifier", unit=" epochs"):
         for rows in rng.permutation(len(images))[:steps // epochs * batch].reshape(-1, batch):
-            # Shifted by up to 2 pixels at random: 10,000 digits are few.
+            # Shifted by up to 2 pixels at random, the whole batch: 10,000 are few.
             shifted = np.roll(images[rows], rng.integers(-2, 3, 2), (1, 2))
             g.flat[:] = 0
             _, logits, back = classify(p, xp.asarray(shifted), rng)
@@ -528,7 +530,7 @@ def train_classifier(images, labels, epochs=5, batch=50, highest=2e-3):
 def load_classifier(args):
     """The classifier of DATA: from OUT/classifier.npz, or trained and kept there."""
     images, labels = load_digits(args.data, "train")
-    images = four(images)
+    images = pad_to_fours(images)
     path, key = args.out / "classifier.npz", crc(images, labels)
     layout = classifier_layout(images.shape[1:], int(labels.max()) + 1)
     try:
@@ -542,7 +544,7 @@ def load_classifier(args):
     return p, images
 
 
-def four(images):
+def pad_to_fours(images):
     """Padded with black to sides that halve twice."""
     N, H, W, C = images.shape
     return np.pad(images, ((0, 0), (0, -H % 4), (0, -W % 4), (0, 0)), constant_values=-1)
@@ -567,7 +569,7 @@ def frechet(a, b):
 
 
 def load_samples(path, image):
-    """Images and labels that `sample --save` wrote, or anyone else: x (N, H, W, C), y (N,)."""
+    """Images x (N, H, W, C) and labels y (N,) that `sample --save` or another program wrote."""
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = file["x"], file["y"]
@@ -598,7 +600,7 @@ def score(args):
           "training digits")
     names, pictures = [], []
     for name, x, y in [("real test digits", test, test_labels), *drawn]:
-        features, seen = read(p, four(x))
+        features, seen = read(p, pad_to_fours(x))
         accuracy, distance = np.mean(seen == y), frechet(reference, features)
         print(f"{name:24}{len(x):8,}{accuracy:11.1%}{distance:11.3f}")
         names.append(f"{name}: {accuracy:.1%}, {distance:.2f}")

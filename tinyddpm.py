@@ -1,7 +1,7 @@
 """Denoising diffusion in one file: NumPy, CuPy where there is a GPU, every gradient by hand.
 
-Read it from top to bottom; each part needs only what stands above it. For the mathematics
-alone, stop before "Layers".
+Read it from top to bottom; a helper stands just below what calls it. For the mathematics
+alone, stop before "layers".
 
     noise schedules     beta_1..beta_T, the noise added at each step
     Diffusion           the forward process q, its posterior, conversions, the likelihood
@@ -11,7 +11,8 @@ alone, stop before "Layers".
     python tinyddpm.py  checks every gradient against finite differences
 
 Notation, in the code, in the papers, and in words
-    t         t            the step, an integer 1..T; index 0 of every table is clean data
+    t         t            the step, an integer 1..T, of T in all; index 0 is clean data
+    s         t-1          the step that a sampler goes to next, 0 <= s < t
     x0, xt    x_0, x_t     clean and noisy images (B, H, W, C), floats in [-1, 1] when clean
     eps       epsilon      the noise in xt, standard normal, of the shape of x0
     beta      beta_t       the variance of the noise that step t adds                  (T+1,)
@@ -21,6 +22,8 @@ Notation, in the code, in the papers, and in words
     v         v_t          sqrt(abar) eps - sqrt(1 - abar) x0
     eta       eta          DDIM's noise: 0 is deterministic, 1 is DDPM
     w         w            guidance weight: 0 unconditional, 1 conditional, more is stronger
+    y                      labels; among the layers, a layer's value
+    p, g                   parameters and their gradients
     dx                     the gradient of the loss with respect to x, for any x
     B, H, W, C, D, E       batch, height, width, channels in, channels out, embedding
 
@@ -35,6 +38,7 @@ Papers, by the names used below
     v-prediction   Salimans & Ho 2022, 2202.00512
     EDM            Karras et al. 2022, 2206.00364             Karras schedule
     CFG            Ho & Salimans 2022, 2207.12598             classifier-free guidance
+    Interval       Kynkaanniemi et al. 2024, 2404.07724       guidance at some steps only
     Imagen         Saharia et al. 2022, 2205.11487            dynamic thresholding
     Min-SNR        Hang et al. 2023, 2303.09556               loss weights
     ZeroSNR        Lin et al. 2024, 2305.08891                zero terminal SNR, trailing steps
@@ -90,12 +94,12 @@ xp = choose_backend(os.environ.get("TINYDDPM_BACKEND", ""))
 
 
 def asnumpy(a):
-    """The array on the host, as NumPy, wherever it is."""
+    """The array on the host (in the CPU's memory), as NumPy, wherever it is."""
     return a.get() if hasattr(a, "get") else np.asarray(a)
 
 
 def normal(rng, shape, dtype=np.float32):
-    """Standard normal noise on the device. rng: a NumPy or CuPy Generator."""
+    """Standard normal noise on the device, where xp computes. rng: a NumPy or CuPy one."""
     return xp.asarray(rng.standard_normal(shape, dtype=dtype))
 
 
@@ -131,8 +135,8 @@ def linear_betas(T, start=1e-4, end=0.02):
 
 def scaled_linear_betas(T, start=1e-4, end=0.02):
     """linear_betas with both ends times 1000/T, so that x_T is noise for a short T too (iDDPM's
-    code). At T = 20 the last beta is 1; below, it would pass 1: a ValueError. The name means
-    something else in latent diffusion and diffusers: quadratic_betas."""
+    code). At T = 20 the last beta is 1; below, it would pass 1: a ValueError. In diffusers this
+    name means quadratic_betas."""
     scale = 1000 / whole("T", T)
     return checked_betas(np.linspace(scale * start, scale * end, T))
 
@@ -169,10 +173,9 @@ def sqrt_betas(T, s=1e-4, max_beta=0.999):
 
 
 def karras_betas(T, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """abar_t = 1 / (1 + sigma_t^2), sigma^(1/rho) rising in equal steps (EDM eq. 5).
-
-    EDM made it a sampling grid, from sigma_max down; as a forward process it has to ascend.
-    """
+    """abar_t = 1 / (1 + sigma_t^2), sigma being noise over signal; sigma^(1/rho) rises in equal
+    steps (EDM eq. 5). EDM made it a sampling grid, from sigma_max down; as a forward process it
+    has to ascend."""
     root = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), whole("T", T))
     sigma = root[::-1] ** rho
     return betas_from_abar(np.concatenate([[1], 1 / (1 + sigma ** 2)]))
@@ -196,7 +199,7 @@ def zero_terminal_snr(betas):
 
 # ---------------------------------------------------------------------- the forward process
 
-KINDS = ("eps", "x0", "v")      # what a model may predict; any one gives the other two
+KINDS = ("eps", "x0", "v")      # what a model may predict; with xt, any one gives the others
 WEIGHTINGS = ("simple", "snr", "min_snr")
 
 
@@ -207,7 +210,7 @@ class Diffusion:
     T+1; index 0 is clean data: beta 0, abar 1, snr infinite.
 
     In every method t is an integer of 1..T, or (B,) of them, one for each image; best on the
-    host, where it is looked at. x0, xt, eps and a model's output are float arrays of one shape
+    host, where it is checked. x0, xt, eps and a model's output are float arrays of one shape
     (B, ...). Anything else is a ValueError.
     """
 
@@ -248,7 +251,7 @@ class Diffusion:
         var = (1 - alpha) * (1 - abar_s) / (1 - abar)
         return factor(of_x0, x0) * x0 + factor(of_xt, xt) * xt, factor(var, x0)
 
-    # eps, x0 and v are three names for one thing: with xt, any one of them gives the others.
+    # With xt, any one of eps, x0 and v gives the other two (but no eps gives x0 at zero SNR).
 
     def to_x0(self, xt, t, out, kind):
         """x0 from a model's output, which is "eps", "x0" or "v" according to kind."""
@@ -275,7 +278,8 @@ class Diffusion:
         return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[kind]
 
     def score(self, xt, t, eps):
-        """The gradient of log q(x_t) that this eps means: -eps / sqrt(1 - abar_t)."""
+        """The gradient of log q(x_t) that this eps means: -eps / sqrt(1 - abar_t); for the true
+        eps, that of log q(x_t | x0), which is normal (DDPM eq. 4)."""
         return -eps / self._signal_noise(t, xt, eps)[1]
 
     def loss_weight(self, t, kind, how, gamma=5.0):
@@ -355,8 +359,9 @@ def factor(value, x):
 
 
 def bin_probability(x, mean, std):
-    """Probability that N(mean, std) gives each byte x, scaled to [-1, 1] (DDPM eq. 13). The
-    bins of -1 and 1 take the whole tail. At least 1e-300, so that its logarithm is finite."""
+    """Probability that a normal variable of this mean and standard deviation falls in the bin
+    of byte x, scaled to [-1, 1] (DDPM eq. 13). The bins of -1 and 1 take the whole tail. At
+    least 1e-300, so that its logarithm is finite."""
     x, mean = asnumpy(x).astype(np.float64), asnumpy(mean).astype(np.float64)
     low = np.where(x < -0.999, -np.inf, (x - 1 / 255 - mean) / std)
     high = np.where(x > 0.999, np.inf, (x + 1 / 255 - mean) / std)
@@ -371,7 +376,7 @@ def bin_probability(x, mean, std):
 # --------------------------------------------------------------------- samplers and guidance
 # A model is any callable model(x, t) -> prediction, with x (B, ...) and t (B,) integers. A
 # sampler is a generator: it yields (t, x_t) after every step, so that a progress bar, a film,
-# an early stop or inpainting is a `for` loop of the caller's.
+# an early stop or inpainting (write into x_t) is a `for` loop in the caller's code.
 
 def timesteps(T, steps, spacing="trailing"):
     """`steps` of the T steps, descending, integers (steps,) (ZeroSNR Table 2).
@@ -477,25 +482,30 @@ def dynamic_threshold(x0, share=0.995):
     return xp.clip(x0, -size, size) / size
 
 
-def guided(model, labels, null, w, rescale=0.0):
+def guided(model, labels, null, w, rescale=0.0, interval=None):
     """model(x, t, y) -> a model(x, t): unconditional + w (conditional - unconditional).
 
     w = 1 is plain conditional and w = 0 unconditional; the weight in CFG eq. 6 is w - 1.
     labels: (B,) integers; null: the label that stands for none. Both predictions come from one
     call on a doubled batch. rescale: how far to bring each image's standard deviation back to
-    that of the conditional prediction, 0 to 1 (ZeroSNR section 3.4; they use 0.7); w = 0 and 1
-    ignore it.
+    that of the conditional prediction, 0 to 1 (ZeroSNR section 3.4; they use 0.7). interval:
+    (low, high), the steps at which to guide; at others the conditional prediction is taken.
+    Without guidance at the highest noise, samples vary more (Interval).
     """
     labels = xp.asarray(labels)
     nulls = xp.full_like(labels, null)
-    if w in (0, 1):     # one of the two is not needed
+    if w == 1 or w == 0 and not interval:       # one of the two is not needed
         return lambda x, t: model(x, t, labels if w else nulls)
     both = xp.concatenate([labels, nulls])
 
     def guided_model(x, t):
         out = model(xp.concatenate([x, x]), xp.concatenate([t, t]), both)
         cond, uncond = out[:len(x)], out[len(x):]
-        out = uncond + w * (cond - uncond)
+        weight = w
+        if interval:
+            inside = (interval[0] <= t) & (t <= interval[1])
+            weight = factor(xp.where(inside, w, 1), x)
+        out = uncond + weight * (cond - uncond)
         if rescale:
             axes = tuple(range(1, x.ndim))
             ratio = cond.std(axes, keepdims=True) / out.std(axes, keepdims=True)
@@ -507,9 +517,9 @@ def guided(model, labels, null, w, rescale=0.0):
 # --------------------------------------------------------------------------------- layers
 # A layer returns its value y and a function `back`, nested in it. back(dy) gives dx, from the
 # gradient of the loss with respect to y that with respect to x. Where the layer has parameters
-# p, back(dy, g) also adds their gradients to g. Both are Trees (below): p.w is an array, p.norm
-# another Tree. Read a `back` as its forward from the last line to the first: a product becomes
-# one with the transpose, a broadcast a sum, a fork an addition.
+# p, back(dy, g) also adds their gradients to g. Both are Trees, a class in the U-Net part: p.w
+# is an array, p.norm another Tree. Read a `back` as its forward from the last line to the
+# first: a product becomes one with the transpose, a broadcast a sum, a fork an addition.
 
 def silu(x):
     """x sigmoid(x), also called swish."""
@@ -566,7 +576,7 @@ def conv3x3(p, x):
     def back(dy, g):
         # x_n met the weight w_k on its way to y_{n-k}. So dx_n is the sum of dy_{n-k} w_k^T, a
         # convolution of dy by the kernel turned by half a turn, and dw_k the sum of
-        # x_n dy_{n-k}^T: both read the same windows of dy.
+        # x_n^T dy_{n-k}: both read the same windows of dy.
         turned = p.w[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * D, C)
         pixels = x.reshape(-1, C)
         dx, dw = xp.empty_like(pixels), 0
@@ -581,7 +591,8 @@ def conv3x3(p, x):
 
 def group_norm(x, scale, shift, groups=8, eps=1e-5):
     """Bring each group of channels of each image to mean 0 and variance 1; then multiply by
-    1 + scale and add shift. x (B, H, W, C); scale and shift (B, C), or (C,) for all images.
+    1 + scale and add shift. x (B, H, W, C); scale and shift (B, C), or (C,) for all images. eps
+    keeps the division finite.
 
     back(dy) returns dx, and dscale and dshift as (B, C). Where groups does not divide C, their
     greatest common divisor is used.
@@ -636,7 +647,7 @@ def dropout(x, rate, rng):
 
 
 def fold(x):
-    """2x2 pixels into channels: (B, 2H, 2W, C) -> (B, H, W, 4C)."""
+    """2x2 pixels into channels: (B, H, W, C) -> (B, H/2, W/2, 4 C)."""
     B, H, W, C = x.shape
     y = x.reshape(B, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 2, 4, 5)
     return y.reshape(B, H // 2, W // 2, 4 * C)
@@ -651,7 +662,7 @@ def unfold(y):
 
 
 def down(x):
-    """The mean of every 2x2 pixels: (B, 2H, 2W, C) -> (B, H, W, C)."""
+    """The mean of every 2x2 pixels: (B, H, W, C) -> (B, H/2, W/2, C)."""
     y = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
     return y, lambda dy: repeat(dy) / 4
 
@@ -662,6 +673,7 @@ def up(x):
 
 
 def repeat(x):
+    """The value of up, without its back."""
     B, H, W, C = x.shape
     y = xp.empty((B, H, 2, W, 2, C), x.dtype)
     y[:] = x[:, :, None, :, None]
@@ -685,7 +697,7 @@ def attention(p, x, heads):
     def back(dy, g):
         dh = out_back(dy, g.out).reshape(B, H * W, heads, C // heads).transpose(0, 2, 1, 3)
         da, dv = dh @ v.swapaxes(2, 3), a.swapaxes(2, 3) @ dh
-        # da_i/dlogit_j = a_i ((i = j) - a_j)
+        # Softmax: the derivative of a_i by logit_j is a_i ((i = j) - a_j).
         dlogits = a * (da - (da * a).sum(3, keepdims=True))
         dq, dk = c * (dlogits @ k), c * (dlogits.swapaxes(2, 3) @ q)
         dqkv = xp.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, H, W, 3 * C)
@@ -886,9 +898,10 @@ class UNet:
     channels: of each level; the picture halves from one to the next.
     blocks: residual blocks on each side of a level, one number for all levels or one for each.
     classes: labels are 0..classes-1, and classes itself, .null, stands for none.
-    attention: the levels, 0 on top, whose blocks end in self-attention, and its heads.
-    fold: 2x2 pixels become channels on the way in, and again pixels on the way out; a quarter
-        of the work.
+    attention, heads: the levels, 0 on top, whose blocks end in self-attention; its heads.
+    dropout: its rate, in every residual block.
+    fold: 2x2 pixels become channels on the way in, and pixels again on the way out: about a
+        quarter of the work.
     rng: a Generator or a seed, for the parameters.
     """
 
@@ -984,7 +997,7 @@ def checked_labels(y, null):
 
 
 def parallel(model, threads, chunk=16):
-    """The same model, its batch cut into chunks that so many threads work through."""
+    """The same model, its batch cut into chunks that are shared among threads."""
     pool = ThreadPoolExecutor(threads)
 
     def model_in_parts(*arrays):
@@ -1046,7 +1059,7 @@ class State:
 
 
 def learning_rate(step, steps, highest, warmup):
-    """At step 0..steps-1: up to the highest over the warm-up, down to 0 along a cosine."""
+    """Of step 0..steps-1: the highest, times a linear warm-up, times half a cosine, 1 to 0."""
     rise = min(1, (step + 1) / warmup) if warmup else 1
     return highest * rise * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -1067,7 +1080,7 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
     time, so that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1).
     A loss that is not finite is a FloatingPointError, and the parameters are left at the step
     before; on a GPU it is looked at every 50 steps, so go back to a checkpoint there. With a
-    state, rng and ema are those it holds.
+    state, rng, betas and ema are those it holds, and steps counts those already done.
     """
     one_of("loss", loss, LOSSES)
     one_of("kind", kind, KINDS)
@@ -1226,9 +1239,9 @@ def gradient_errors(layer, p, inputs, h=1e-5, directions=4):
     """Compare a layer's gradients with finite differences, in float64.
 
     layer(p, *inputs) -> y and back, where back(dy, g) adds to g and returns the gradient of the
-    input, or a tuple of them. For a random cotangent c, f = sum(c * y) is one number. Around
-    the input a, its slope along a random direction u is (f(a + h u) - f(a - h u)) / 2h, which
-    has to be sum(u * df/da).
+    input, or a tuple of them. For random weights c, f = sum(c * y) is one number. Around
+    an input or a parameter a, its slope along a random direction u is
+    (f(a + h u) - f(a - h u)) / 2h, which has to be sum(u * df/da).
     Yields (name of the gradient, relative error over the directions).
     """
     rng = np.random.default_rng(1)

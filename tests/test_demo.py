@@ -858,7 +858,7 @@ def test_a_damaged_classifier_is_made_anew(data, tmp_path, stub):
 
 def test_four_pads_with_black():
     images = np.ones((2, 5, 8, 3), np.float32)
-    padded = demo.four(images)
+    padded = demo.pad_to_fours(images)
     assert padded.shape == (2, 8, 8, 3)
     assert np.all(padded[:, :5] == 1) and np.all(padded[:, 5:] == -1)
 

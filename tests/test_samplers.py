@@ -473,3 +473,16 @@ def test_bad_variance_and_eta_are_refused_at_the_call(sampler, options, given_te
 def test_a_model_of_another_shape_is_refused(sampler):
     """(2, 1) would broadcast against (2, 3) without a word."""
     refused("(2, 1)", run, sampler, lambda x, t: x[:, :1], steps=5)
+
+
+def test_guidance_in_an_interval():
+    """Inside it, ends included, the weight is w; outside, the conditional prediction. Also for
+    w = 0, where it would otherwise be unconditional."""
+    def model(x, t, y):
+        return x + y[:, None] * t[:, None]
+
+    x, t, labels = np.ones((5, 2)), np.array([1, 3, 5, 7, 9]), np.full(5, 2)
+    for w in (0, 0.5, 3.0):
+        out = guided(model, labels, null=1, w=w, interval=(3, 7))(x, t)
+        inside = np.array([0, 1, 1, 1, 0])[:, None]
+        same(out, x + t[:, None] * (2 * (1 - inside) + (1 + w) * inside))
