@@ -377,7 +377,7 @@ def speed(args):
         rows.append(model.draw(labels, args.seed, sampler=sampler, steps=steps, eta=eta or 0))
         times.append(time.perf_counter() - began)
         names.append(f"{sampler.upper()} {steps}" + ("" if eta is None else f", eta {eta}"))
-    print(f"\n{'':18}{'seconds':>8}  DDPM takes so many times as long")
+    print(f"\n{'':18}{'seconds':>8}  DDPM takes ... times as long")
     for name, took in zip(names, times):
         print(f"{name:18}{took:8.2f}{times[0] / took:9.1f}")
     sheet(args.out / "speed.png", np.stack(rows), labels,
