@@ -1118,9 +1118,9 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
             for _ in range(accumulate):
                 pick = rng.integers(len(images), size=batch)
                 # One t from each of `batch` equal parts of 1..T: uniform, with less noise than
-                # independent ones.
+                # independent ones. (The last u can round up to 1.)
                 u = (np.arange(batch) + rng.random(batch)) / batch
-                t = 1 + (diffusion.T * u).astype(int)
+                t = np.minimum(1 + (diffusion.T * u).astype(int), diffusion.T)
                 y = np.where(rng.random(batch) < label_drop, net.null, labels[pick])
                 eps = normal(rng, (batch, *net.image), images.dtype)
                 seed = rng.integers(2 ** 63)
