@@ -213,10 +213,7 @@ def train(args):
                     "kind": TRAINING["kind"], "schedule": SCHEDULE, "T": T,
                     "data": crc(images, labels), "losses": [], **asked}
         channels = settings.pop("channels", CHANNELS)
-        lowest = len(channels) - 1      # the smallest picture: more blocks, and attention
-        net = td.UNet(image=images.shape[1:], channels=channels, classes=int(labels.max()) + 1,
-                      blocks=(1,) * lowest + (2,), attention=(lowest,), heads=1,
-                      rng=settings["seed"])
+        net = network(images.shape[1:], channels, int(labels.max()) + 1, settings["seed"])
         state = None
         print(f"{len(images):,} images {net.image}, {net.classes} classes, "
               f"{net.params.flat.size:,} parameters, {xp.__name__}"
@@ -265,6 +262,13 @@ def train(args):
           [f"t = {t}" for t in at])
     plot_loss(args.out / "loss.png", losses)
     print(f"all of it took {time.perf_counter() - began:.0f} s")
+
+
+def network(image=(28, 28, 1), channels=CHANNELS, classes=10, seed=0):
+    """The demo's: at the lowest level, where the picture is smallest, more blocks, and attention."""
+    lowest = len(channels) - 1
+    return td.UNet(image=image, channels=channels, classes=classes, heads=1, rng=seed,
+                   blocks=(1,) * lowest + (2,), attention=(lowest,))
 
 
 def checkpoint(path):

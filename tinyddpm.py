@@ -523,23 +523,36 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
 
 def silu(x):
     """x sigmoid(x), also called swish."""
-    s = 0.5 * xp.tanh(0.5 * x) + 0.5        # the sigmoid, without the overflow of exp(-x)
+    s = xp.tanh(0.5 * x)        # in three steps the sigmoid, without the overflow of exp(-x)
+    s += 1
+    s *= 0.5
     y = x * s
 
     def back(dy):
-        return dy * (s + y * (1 - s))       # d/dx x s(x) = s + x s (1 - s)
+        slope = 1 - s           # in three steps d/dx x s(x) = s + x s (1 - s)
+        slope *= y
+        slope += s
+        return xp.multiply(dy, slope, out=slope)
     return y, back
+
+
+def sum_rows(a):
+    """The sum over all axes but the last, as ones @ a: where that axis is short, as channels
+    are, a product is many times faster than a.sum."""
+    rows = a.reshape(-1, a.shape[-1])
+    return xp.ones(len(rows), a.dtype) @ rows
 
 
 def linear(p, x):
     """x @ w + b on the last axis: (..., C) -> (..., D)."""
     rows = x.reshape(-1, x.shape[-1])
-    y = rows @ p.w + p.b
+    y = rows @ p.w
+    y += p.b
 
     def back(dy, g):
         dy = dy.reshape(y.shape)
         g.w += rows.T @ dy
-        g.b += dy.sum(0)                    # one b served every row
+        g.b += sum_rows(dy)                 # one b served every row
         return (dy @ p.w.T).reshape(x.shape)
     return y.reshape(*x.shape[:-1], -1), back
 
@@ -570,21 +583,22 @@ def conv3x3(p, x):
     D = p.w.shape[3]
     y = xp.empty((B * H * W, D), x.dtype)
     for rows, around in windows(x):
-        y[rows] = around @ p.w.reshape(9 * C, D)
-    y += p.b
+        xp.matmul(around, p.w.reshape(9 * C, D), out=y[rows])
+    of_rows = y.reshape(-1, W * D)
+    of_rows += xp.tile(p.b, W)
 
     def back(dy, g):
         # x_n met the weight w_k on its way to y_{n-k}. So dx_n is the sum of dy_{n-k} w_k^T, a
-        # convolution of dy by the kernel turned by half a turn, and dw_k the sum of
-        # x_n^T dy_{n-k}: both read the same windows of dy.
+        # convolution of dy by the kernel turned by half a turn, and dw_k^T the sum of
+        # dy_{n-k}^T x_n: both read the same windows of dy.
         turned = p.w[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * D, C)
         pixels = x.reshape(-1, C)
         dx, dw = xp.empty_like(pixels), 0
         for rows, around in windows(dy):
-            dx[rows] = around @ turned
-            dw = dw + pixels[rows].T @ around
-        g.w += dw.reshape(C, 3, 3, D).transpose(1, 2, 0, 3)[::-1, ::-1]
-        g.b += dy.sum((0, 1, 2))
+            xp.matmul(around, turned, out=dx[rows])
+            dw = dw + around.T @ pixels[rows]
+        g.w += dw.reshape(3, 3, D, C).transpose(0, 1, 3, 2)[::-1, ::-1]
+        g.b += sum_rows(dy)
         return dx.reshape(x.shape)
     return y.reshape(B, H, W, D), back
 
@@ -599,31 +613,39 @@ def group_norm(x, scale, shift, groups=8, eps=1e-5):
     """
     B, H, W, C = x.shape
     groups = math.gcd(groups, C)
-    ones = xp.ones((1, H * W), x.dtype)     # ones @ x sums over pixels faster than x.sum(1)
+    ones = xp.ones((1, H * W), x.dtype)
 
-    def group_mean(total):
-        """Sums over the pixels (B, 1, C) -> each group's mean, at each of its channels."""
-        mean = total.reshape(B, groups, -1).mean(2) / (H * W)
-        return xp.repeat(mean, C // groups, 1).reshape(B, 1, C)
+    def sums(a):
+        """Over the pixels: (B, C)."""
+        return (ones @ a.reshape(B, H * W, C))[:, 0]
 
-    flat = x.reshape(B, H * W, C)
-    normed = flat - group_mean(ones @ flat)
-    r = 1 / xp.sqrt(group_mean(ones @ (normed * normed)) + eps)
-    normed *= r
-    gain = 1 + scale.reshape(-1, 1, C)
-    y = normed * gain
-    y += shift.reshape(-1, 1, C)
+    def group_mean(sums):
+        """Over each group's pixels and channels, at each of its channels: (B, C)."""
+        total = sums.reshape(B, groups, -1).sum(2) / (H * W * C // groups)
+        return total.repeat(C // groups, 1)
+
+    def rows(a):
+        """Values of channels (B, C), for a row of pixels (B, 1, W C): NumPy broadcasts few long
+        rows faster than many short ones."""
+        return a.repeat(W, 0).reshape(-1, 1, W * C)
+
+    x = x.reshape(B, H, W * C)
+    centred = x - rows(group_mean(sums(x)))
+    r = 1 / xp.sqrt(group_mean(sums(centred * centred)) + eps)
+    scale = 1 + scale.reshape(-1, C)
+    y = centred * rows(r * scale)
+    y += rows(shift.reshape(-1, C))
 
     def back(dy):
-        dy = dy.reshape(B, H * W, C)
-        dshift, dscale = ones @ dy, ones @ (dy * normed)
-        # Mean and r depend on all of x. They remove from dnormed = gain dy the two directions
-        # in which x can move and not change normed: a shift of the group, and normed itself.
-        dx = gain * dy - group_mean(gain * dshift)
-        dx -= normed * group_mean(gain * dscale)
-        dx *= r
-        return dx.reshape(x.shape), dscale[:, 0], dshift[:, 0]
-    return y.reshape(x.shape), back
+        dy = dy.reshape(B, H, W * C)
+        dshift, dscale = sums(dy), r * sums(dy * centred)
+        # Mean and r depend on all of x. They remove from r scale dy the two directions in which
+        # x can move and not change y: a shift of the group, and r centred itself.
+        dx = dy * rows(r * scale)
+        dx -= rows(r * group_mean(scale * dshift))
+        dx -= centred * rows(r * r * group_mean(scale * dscale))
+        return dx.reshape(B, H, W, C), dscale, dshift
+    return y.reshape(B, H, W, C), back
 
 
 def norm(p, x):

@@ -1,0 +1,137 @@
+"""tinyddpm's U-Net once more, in PyTorch, from the same weights: the yardstick of the benchmarks
+and of tests/test_against_torch.py. Layer by layer what tinyddpm.py does, as PyTorch users would
+write it; (B, C, H, W) inside, (B, H, W, C) outside."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tinyddpm as td
+
+
+def tensor(a):
+    return torch.from_numpy(td.asnumpy(a).copy())
+
+
+def linear(p):
+    layer = nn.utils.skip_init(nn.Linear, *p.w.shape)
+    layer.weight, layer.bias = nn.Parameter(tensor(p.w.T)), nn.Parameter(tensor(p.b))
+    return layer
+
+
+def conv(p):
+    w = p.w.reshape(-1, *p.w.shape[-2:])        # (9 or 1, C, D)
+    k = math.isqrt(len(w))
+    layer = nn.utils.skip_init(nn.Conv2d, w.shape[1], w.shape[2], k, padding=k // 2)
+    kernel = tensor(w).reshape(k, k, *w.shape[1:]).permute(3, 2, 0, 1).contiguous()
+    layer.weight, layer.bias = nn.Parameter(kernel), nn.Parameter(tensor(p.b))
+    return layer
+
+
+def norm(p):
+    C = len(p.scale)
+    layer = nn.GroupNorm(math.gcd(8, C), C)
+    layer.weight, layer.bias = nn.Parameter(1 + tensor(p.scale)), nn.Parameter(tensor(p.shift))
+    return layer
+
+
+class Block(nn.Module):
+    """A residual block and the attention after it, if there is any."""
+
+    def __init__(self, p, heads):
+        super().__init__()
+        self.norm1, self.conv1, self.film = norm(p.norm1), conv(p.conv1), linear(p.film)
+        self.conv2 = conv(p.conv2)
+        self.groups = math.gcd(8, self.conv2.in_channels)
+        self.skip = conv(p.skip) if hasattr(p, "skip") else nn.Identity()
+        self.heads, self.attended = heads, hasattr(p, "attention")
+        if self.attended:
+            self.norm3, self.qkv = norm(p.attention.norm), conv(p.attention.qkv)
+            self.out = conv(p.attention.out)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
+        h = F.group_norm(h, self.groups) * (1 + scale) + shift
+        x = self.conv2(F.silu(h)) + self.skip(x)
+        if not self.attended:
+            return x
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm3(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class Level(nn.Module):
+    def __init__(self, p, heads):
+        super().__init__()
+        self.enter = nn.ModuleList(Block(one, heads) for one in p.enter)
+        self.below = None
+        if hasattr(p, "below"):
+            self.below, self.match = Level(p.below, heads), conv(p.match)
+            self.leave = nn.ModuleList(Block(one, heads) for one in p.leave)
+
+    def forward(self, x, emb):
+        for block in self.enter:
+            x = block(x, emb)
+        if self.below is None:
+            return x
+        h = self.match(self.below(F.avg_pool2d(x, 2), emb))
+        x = x + F.interpolate(h, scale_factor=2.0, mode="nearest")
+        for block in self.leave:
+            x = block(x, emb)
+        return x
+
+
+class TorchUNet(nn.Module):
+    """The PyTorch twin of a td.UNet without folding, its image sides halving evenly."""
+
+    def __init__(self, net):
+        super().__init__()
+        assert not net.fold and not net.dropout
+        assert all(side % net.multiple == 0 for side in net.image[:2])
+        p = net.params
+        self.width, self.null = len(p.time1.w), net.null
+        self.time1, self.time2 = linear(p.time1), linear(p.time2)
+        if net.classes:
+            self.label = nn.Embedding.from_pretrained(tensor(p.label), freeze=False)
+        self.stem, self.top = conv(p.stem), Level(p.top, net.heads)
+        self.norm, self.out = norm(p.norm), conv(p.out)
+
+    def forward(self, x, t, y):
+        half = self.width // 2
+        frequency = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))
+        angle = t[:, None] * frequency.to(x)
+        h = self.time2(F.silu(self.time1(torch.cat([angle.sin(), angle.cos()], 1))))
+        emb = F.silu(h + self.label(y) if hasattr(self, "label") else h)
+        h = self.top(self.stem(x.permute(0, 3, 1, 2)), emb)
+        return self.out(F.silu(self.norm(h))).permute(0, 2, 3, 1)
+
+    def gradients(self, net):
+        """The gradients of the parameters in the order and layout of net.grads.flat."""
+        tree = td.Tree(net.params.layout, net.params.flat.copy())
+        fill(tree, self)
+        return tree.flat
+
+
+def fill(tree, module):
+    """Copy the gradients of a module into a Tree of its parameters' names."""
+    for name in tree.layout:
+        part = getattr(tree, name)
+        if isinstance(part, list):
+            for one, block in zip(part, getattr(module, name)):
+                fill(one, block)
+        elif name == "attention":
+            for name, layer in (("norm", module.norm3), ("qkv", module.qkv), ("out", module.out)):
+                fill(getattr(part, name), layer)
+        elif isinstance(part, td.Tree):
+            fill(part, getattr(module, name))
+        else:
+            weight = module.bias if name in ("b", "shift") else module.weight \
+                if name in ("w", "scale") else module.label.weight
+            grad = weight.grad
+            if name == "w":
+                grad = grad.permute(2, 3, 1, 0) if grad.ndim == 4 else grad.T
+            part[...] = grad.reshape(part.shape).numpy()

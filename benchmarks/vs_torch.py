@@ -1,0 +1,147 @@
+"""tinyddpm against PyTorch on the same network, weights and batch, in turns in one run.
+
+    python benchmarks/vs_torch.py           medians, and ratios to PyTorch's better memory format
+
+First both networks' outputs and gradients are compared. A training step is: draw a batch and its
+noise, forward, backward, clip, AdamW, EMA. A sampling forward is the network's answer alone.
+PyTorch is needed for this alone: pip install torch
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(name, "1")            # tinyddpm cuts batches over threads instead
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import numpy as np                                                              # noqa: E402
+import torch                                                                    # noqa: E402
+import torch.nn.functional as F                                                 # noqa: E402
+
+import demo                                                                     # noqa: E402
+import tinyddpm as td                                                           # noqa: E402
+from torch_unet import TorchUNet                                                # noqa: E402
+
+NETS = {"the demo's, 28x28": demo.network,
+        "28x28, channels 32, 64, 128": lambda: td.UNet(channels=(32, 64, 128), classes=10)}
+
+
+def compare(make):
+    """The largest differences of output and gradient, relative to the largest value."""
+    net = make()
+    rng = np.random.default_rng(0)
+    net.params.flat[:] += 0.05 * td.normal(rng, net.params.flat.shape)  # no layer starts at 0
+    x, dy = (td.normal(rng, (8, *net.image)) for _ in range(2))
+    t, y = rng.integers(1, 1001, 8), rng.integers(0, 11, 8)
+    out, back = net.forward(x, t, y)
+    back(dy)
+    twin = TorchUNet(net)
+    other = twin(torch.tensor(x), torch.tensor(t), torch.tensor(y))
+    other.backward(torch.tensor(dy))
+    pairs = (out, other.detach().numpy()), (net.grads.flat, twin.gradients(net))
+    return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs]
+
+
+def ours(make, diffusion, images, labels, batch):
+    """Two functions: one training step, one sampling forward."""
+    net = make()
+    training = td.train(net, diffusion, images, labels, steps=10 ** 6, batch=batch,
+                        threads=THREADS, **demo.TRAINING)
+    model = td.parallel(net, THREADS)
+    x = td.normal(np.random.default_rng(0), (batch, *net.image))
+    t, y = np.full(batch, 500), np.arange(batch) % 10
+    return lambda: next(training), lambda: model(x, t, y)
+
+
+def theirs(make, diffusion, images, labels, batch, channels_last, compiled=False):
+    net = TorchUNet(make())
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    params = list(net.parameters())
+    ema = [p.detach().clone() for p in params]
+    adam = torch.optim.AdamW(params, lr=demo.TRAINING["lr"], betas=(0.9, 0.99), weight_decay=0,
+                             fused=True)
+    images, labels = torch.tensor(images), torch.tensor(labels)
+    abar = torch.tensor(diffusion.abar, dtype=torch.float32)
+    forward = torch.compile(net) if compiled else net
+
+    def step():
+        pick = torch.randint(len(images), (batch,))
+        t = torch.randint(1, diffusion.T + 1, (batch,))
+        y = torch.where(torch.rand(batch) < 0.1, net.null, labels[pick])
+        x0 = images[pick]
+        eps = torch.randn_like(x0)
+        signal, noise = (a[:, None, None, None] for a in (abar[t].sqrt(), (1 - abar[t]).sqrt()))
+        loss = F.mse_loss(forward(signal * x0 + noise * eps, t, y), signal * eps - noise * x0)
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        adam.step()
+        torch._foreach_lerp_(ema, params, 1 - demo.TRAINING["ema"])
+        return loss.item()
+
+    x = torch.randn(batch, *net_image(images))
+    t, y = torch.full((batch,), 500), torch.arange(batch) % 10
+
+    def draw():
+        with torch.inference_mode():
+            return forward(x, t, y)
+    return step, draw
+
+
+def net_image(images):
+    return images.shape[1:]
+
+
+def alternate(functions, repeats, seconds):
+    """Medians of each function's time, all called in turn."""
+    times = {name: [] for name in functions}
+    for name, function in functions.items():    # warm up
+        for _ in range(3):
+            function()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[name]) < repeats:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    args = parser.parse_args()
+    demo.keep_memory()
+    torch.set_num_threads(THREADS)
+    print(f"NumPy {np.__version__} ({os.environ.get('OPENBLAS_CORETYPE', 'BLAS as found')}), "
+          f"PyTorch {torch.__version__}, {THREADS} threads each")
+    images, labels = demo.load_digits(demo.HERE / "data", "train")
+    diffusion = td.Diffusion(td.cosine_betas(1000))
+    for title, make in NETS.items():
+        output, gradient = compare(make)
+        print(f"\n{title}: outputs differ by {output:.0e}, gradients by {gradient:.0e} of the "
+              "largest")
+        for batch in args.batch:
+            data = diffusion, images, labels, batch
+            runs = {"tinyddpm": ours(make, *data), "contiguous": theirs(make, *data, False),
+                    "channels-last": theirs(make, *data, True)}
+            if args.compile:
+                runs["compiled"] = theirs(make, *data, True, True)
+            for i, what in enumerate(("training step", "sampling forward")):
+                ms = alternate({name: run[i] for name, run in runs.items()}, args.repeats, 0)
+                best = min(ms["contiguous"], ms["channels-last"])
+                print(f"  batch {batch:4} {what:17}" + "  ".join(
+                    f"{name} {1000 * value:.1f}" for name, value in ms.items())
+                    + f"  ratio {ms['tinyddpm'] / best:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
