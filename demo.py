@@ -44,6 +44,8 @@ TRAINING = dict(kind="v", lr=6e-3, ema=0.995)
 DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.6)
 GUIDED_BELOW = 0.8      # guidance above w = 1 waits until t has come down to this share of T
 SCHEDULE, T = "cosine", 1000
+SAMPLERS = {"ddpm": td.ddpm, "ddim": td.ddim, "dpm_solver": td.dpm_solver, "heun": td.heun}
+WEIGHTS = HERE / "weights" / "mnist.npz"
 
 
 def keep_memory():
@@ -201,7 +203,7 @@ def train(args):
     asked = {name: value for name, value in vars(args).items()
              if name in ("steps", "batch", "lr", "channels", "seed") and value is not None}
     if path.exists() and not args.fresh:
-        net, state, settings = checkpoint(path)
+        net, state, settings = checkpoint(path, to_train=True)
         was = settings | {"channels": list(net.config["channels"])}
         for name, value in {**asked, "data": crc(images, labels)}.items():
             if was[name] != value:
@@ -250,7 +252,7 @@ def train(args):
                          "the same command goes on from there")
     print(f"trained for {steps} steps, this time in {time.perf_counter() - began:.0f} s")
 
-    model = Model(args.out)
+    model = trained(args.out)
     labels = np.tile(np.arange(net.classes), 10)
     images = model.draw(labels, settings["seed"])
     sheet(args.out / "samples.png", images.reshape(10, net.classes, *net.image),
@@ -271,11 +273,13 @@ def network(image=(28, 28, 1), channels=CHANNELS, classes=10, seed=0):
                    blocks=(1,) * lowest + (2,), attention=(lowest,))
 
 
-def checkpoint(path):
+def checkpoint(path, to_train=False):
     """What `train` saved: network, State, settings. Another checkpoint is a ValueError."""
     net, state, settings = td.load(path)
-    if state is None or not {"steps", "schedule", "T", "kind", "data"} <= settings.keys():
+    if not {"steps", "schedule", "T", "kind", "data"} <= settings.keys():
         raise ValueError(f"{path} is a checkpoint, but not one of this demo's")
+    if to_train and state is None:
+        raise ValueError(f"{path} holds weights alone, which can draw but not be trained on")
     return net, state, settings
 
 
@@ -303,18 +307,12 @@ class Interrupt:
 # --------------------------------------------------------------------------------- sampling
 
 class Model:
-    """What a checkpoint holds, ready to draw: the EMA network and its diffusion."""
+    """A network ready to draw, its diffusion, and what it predicts."""
 
-    def __init__(self, out):
-        path = out / "model.npz"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is not there yet; `python demo.py` trains it")
-        self.net, state, settings = checkpoint(path)
-        self.net = self.net.twin(state.ema.flat)
+    def __init__(self, net, diffusion, kind):
         threads, chunk = (1, 500) if ON_GPU else (THREADS, 16)
-        self.model = td.parallel(self.net, threads, chunk)
-        self.kind = settings["kind"]
-        self.diffusion = td.Diffusion(td.SCHEDULES[settings["schedule"]](settings["T"]))
+        self.net, self.diffusion, self.kind = net, diffusion, kind
+        self.model = td.parallel(net, threads, chunk)
 
     def guided(self, labels, w):
         interval = (1, GUIDED_BELOW * self.diffusion.T) if w > 1 else None
@@ -325,11 +323,9 @@ class Model:
         rng = np.random.default_rng(seed)
         x = td.normal(rng, (len(labels), *self.net.image))
         yield self.diffusion.T, x
-        model = self.guided(labels, guidance)
-        if sampler == "ddpm":
-            yield from td.ddpm(model, self.diffusion, x, rng, steps, kind=self.kind)
-        else:
-            yield from td.ddim(model, self.diffusion, x, rng, steps, eta, kind=self.kind)
+        options = {"eta": eta} if sampler == "ddim" else {}
+        yield from SAMPLERS[sampler](self.guided(labels, guidance), self.diffusion, x, rng,
+                                     steps=steps, kind=self.kind, **options)
 
     def draw(self, labels, seed, **drawing):
         """x_0, host (N, H, W, C), with a progress bar."""
@@ -340,9 +336,31 @@ class Model:
         return asnumpy(td.sample(tqdm(frames, title, drawing["steps"] + 1, unit=" steps")))
 
 
+def trained(out):
+    """The Model of OUT/model.npz, with the EMA of its parameters; where none has been trained,
+    that of the weights which come with the demo."""
+    path = out / "model.npz"
+    if not path.exists():
+        print(f"{path} is not there yet, so the weights in {WEIGHTS} draw")
+        path = WEIGHTS
+    net, state, settings = checkpoint(path)
+    params = state.ema.flat if state else net.params.flat.astype(np.float32)
+    return Model(net.twin(params), td.Diffusion(td.SCHEDULES[settings["schedule"]](
+        settings["T"])), settings["kind"])
+
+
+def export(args):
+    """Write what drawing needs of OUT/model.npz, as float16: the file for `weights/`."""
+    net, state, settings = checkpoint(args.out / "model.npz", to_train=True)
+    settings = {name: settings[name] for name in ("schedule", "T", "kind", "steps", "data")}
+    args.weights.parent.mkdir(parents=True, exist_ok=True)
+    td.save(args.weights, net.twin(state.ema.flat.astype(np.float16)), **settings)
+    print(f"wrote {args.weights}: {args.weights.stat().st_size:,} bytes")
+
+
 def sample(args):
     """Draw digits: OUT/sample.png, and with --save all images and labels as .npz."""
-    model = Model(args.out)
+    model = trained(args.out)
     digits = args.digits if args.digits is not None else range(model.net.classes)
     if not all(0 <= d < model.net.classes for d in digits):
         raise ValueError(f"digits are {list(digits)}; the network knows "
@@ -371,7 +389,7 @@ def given(args, *names):
 
 def speed(args):
     """DDPM with all steps against DDIM with 10, 20, 50 and eta 0, 0.5, 1: time and picture."""
-    model = Model(args.out)
+    model = trained(args.out)
     labels = np.arange(model.net.classes)
     runs = [("ddpm", args.full, None)]
     runs += [("ddim", steps, eta) for steps in (10, 20, 50) for eta in (0, 0.5, 1)]
@@ -390,7 +408,7 @@ def speed(args):
 
 def guidance(args):
     """A row of digits for each guidance weight, from the same noise."""
-    model = Model(args.out)
+    model = trained(args.out)
     labels, weights = np.arange(model.net.classes), (0, 1, 2, 3, 7.5)
     rows = [model.draw(labels, args.seed, guidance=w) for w in weights]
     print("share of pixels at black or white, by weight: " +
@@ -447,7 +465,7 @@ def schedules(args):
 
 def bpd(args):
     """Bits per dimension of test digits, given their labels, with the bound's parts."""
-    model = Model(args.out)
+    model = trained(args.out)
     images, labels = load_digits(args.data, "t10k")
     rng = np.random.default_rng(args.seed)
     pick = rng.permutation(len(images))[:args.count]
@@ -593,7 +611,7 @@ def score(args):
     if args.samples:
         drawn = [(path.name, *load_samples(path, test.shape[1:])) for path in args.samples]
     else:
-        model = Model(args.out)
+        model = trained(args.out)
         labels = np.arange(args.count) % model.net.classes
         drawn = [(f"samples, w = {w:g}", model.draw(
             labels, args.seed, guidance=w, **given(args, "sampler", "steps", "eta")), labels)
@@ -652,10 +670,11 @@ def parser():
                   type=Path, default=HERE / "data", shown="the bundled digits", metavar="DIR")
     seed = option("--seed", "of the noise", type=natural, default=0, metavar="N")
     drawing = [
-        option("--sampler", "ddim, or ddpm", choices=("ddim", "ddpm"), default="ddim"),
-        option("--steps", "calls of the network", shown=f"{DRAWING['steps']}, or all with ddpm",
-               type=whole, metavar="N"),
-        option("--eta", "DDIM's noise, from 0 to DDPM's at 1", type=share,
+        option("--sampler", ", ".join(SAMPLERS), choices=SAMPLERS, metavar="NAME",
+               default=DRAWING["sampler"]),
+        option("--steps", "of the sampler, each a call of the network, with heun two",
+               shown=f"{DRAWING['steps']}, or all with ddpm", type=whole, metavar="N"),
+        option("--eta", "ddim's noise, from 0 to ddpm's at 1", type=share,
                default=DRAWING["eta"])]
     command(train, data,
             option("--steps", "steps of training", shown=STEPS, type=whole, metavar="N"),
@@ -667,6 +686,8 @@ def parser():
             option("--seed", "of the parameters, the training and the samples", shown=0,
                    type=natural, metavar="N"),
             option("--fresh", "start over, and replace the checkpoint", action="store_true"))
+    command(export, option("--weights", "the file to write", type=Path,
+                           default=Path("weights/mnist.npz"), metavar="FILE"))
     command(sample, *drawing, seed,
             option("--digits", "which to draw, a column each", shown="all", type=int, nargs="+",
                    metavar="D"),

@@ -36,7 +36,8 @@ Papers, by the names used below
     Diffusion-LM   Li et al. 2022, 2205.14217                 sqrt schedule
     GeoDiff        Xu et al. 2022, 2203.02923                 sigmoid schedule
     v-prediction   Salimans & Ho 2022, 2202.00512
-    EDM            Karras et al. 2022, 2206.00364             Karras schedule
+    EDM            Karras et al. 2022, 2206.00364             Karras schedule, Heun's method
+    DPM-Solver++   Lu et al. 2022, 2211.01095
     CFG            Ho & Salimans 2022, 2207.12598             classifier-free guidance
     Interval       Kynkaanniemi et al. 2024, 2404.07724       guidance at some steps only
     Imagen         Saharia et al. 2022, 2205.11487            dynamic thresholding
@@ -440,6 +441,52 @@ def ddim(model, diffusion, x, rng=None, steps=50, eta=0.0, spacing="trailing", k
     return walk(model, diffusion, x, steps, spacing, kind, clip, step)
 
 
+def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", kind="eps",
+               clip=(-1, 1)):
+    """DPM-Solver++(2M) (DPM-Solver++ Algorithm 2): DDIM's step, towards an x0 drawn on along a
+    line from the last two predictions. One call of the model a step, an error of second order,
+    and no noise: rng is there so that all samplers are called alike. Arguments: see ddpm."""
+    with np.errstate(divide="ignore"):
+        lam = np.log(diffusion.snr) / 2         # the line is one over lambda = log(SNR) / 2
+    before = None                               # the last step: lambda, x0
+
+    def step(x, x0, t, s):
+        nonlocal before
+        ahead = x0
+        if before and s:                        # at s = 0, lambda is infinite
+            share = (lam[s] - lam[t]) / (lam[t] - before[0]) / 2    # half way from t to s
+            ahead = x0 + float(share) * (x0 - before[1])
+        before = lam[t], x0
+        abar_s = float(diffusion.abar[s])
+        eps = diffusion.to_eps(x, t, ahead, "x0")
+        return abar_s ** 0.5 * ahead + (1 - abar_s) ** 0.5 * eps
+
+    return walk(model, diffusion, x, steps, spacing, kind, clip, step)
+
+
+def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", kind="eps",
+         clip=(-1, 1)):
+    """Heun's method on the probability-flow ODE (EDM Algorithm 1 without churn): to x_s and
+    back to t with the mean of the slopes at both. 2 steps - 1 calls of the model; no noise.
+
+    The ODE is that of the angle phi: with x = cos(phi) x0 + sin(phi) eps, dx/dphi is v. (EDM's
+    own variable, tan(phi), is infinite where a schedule ends in pure noise.)
+    """
+    def slope(x, x0, t):
+        return diffusion.target(x0, diffusion.to_eps(x, t, x0, "x0"), t, "v")
+
+    def step(x, x0, t, s):
+        if not s:
+            return x0
+        phi, phi_s = (math.acos(diffusion.abar[i] ** 0.5) for i in (t, s))
+        v = slope(x, x0, t)
+        ahead = x + (phi_s - phi) * v
+        v_s = slope(ahead, predict_x0(model, diffusion, ahead, s, kind, clip), s)
+        return x + (phi_s - phi) * (v + v_s) / 2
+
+    return walk(model, diffusion, x, steps, spacing, kind, clip, step)
+
+
 def walk(model, diffusion, x, steps, spacing, kind, clip, step):
     """What the samplers share: check, then go down the steps, predict x0 at each, move on."""
     one_of("kind", kind, KINDS)
@@ -453,10 +500,14 @@ def walk(model, diffusion, x, steps, spacing, kind, clip, step):
 
     def run(x):     # apart, so that the checks above run at the call, not at the first next()
         for t, s in zip(route, route[1:]):
-            out = model(x, xp.full(len(x), t))
-            x = step(x, clamp(diffusion.to_x0(x, t, out, kind), clip), t, s)
+            x = step(x, predict_x0(model, diffusion, x, t, kind, clip), t, s)
             yield s, x
     return run(xp.asarray(x))
+
+
+def predict_x0(model, diffusion, x, t, kind, clip):
+    """The x0 that the model sees in x at step t, clipped."""
+    return clamp(diffusion.to_x0(x, t, model(x, xp.full(len(x), t)), kind), clip)
 
 
 def sample(sampler):
@@ -1004,7 +1055,7 @@ class UNet:
         own: one for each thread, one for the EMA."""
         other, layout = copy.copy(self), self.params.layout
         other.params = self.params if params is None else Tree(layout, params)
-        other.grads = Tree(layout, xp.zeros_like(self.params.flat))
+        other.grads = Tree(layout, xp.zeros_like(other.params.flat))
         return other
 
 

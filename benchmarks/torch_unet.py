@@ -110,28 +110,45 @@ class TorchUNet(nn.Module):
         return self.out(F.silu(self.norm(h))).permute(0, 2, 3, 1)
 
     def gradients(self, net):
-        """The gradients of the parameters in the order and layout of net.grads.flat."""
+        """What backward() found, in the order of net.grads.flat."""
         tree = td.Tree(net.params.layout, net.params.flat.copy())
-        fill(tree, self)
+        for array, parameter, turned, _ in pairs(self, tree):
+            array[...] = turned(parameter.grad).reshape(array.shape).numpy()
+        return tree.flat
+
+    def flat(self, net, values=None):
+        """These parameters, or other values in their order such as an EMA's, as net.params.flat
+        has them."""
+        tree = td.Tree(net.params.layout, net.params.flat.copy())
+        values = dict(zip(self.parameters(), values or self.parameters()))
+        for array, parameter, turned, less in pairs(self, tree):
+            value = turned(values[parameter].detach()).reshape(array.shape).numpy()
+            array[...] = value - less
         return tree.flat
 
 
-def fill(tree, module):
-    """Copy the gradients of a module into a Tree of its parameters' names."""
+def same(w):
+    return w
+
+
+def pairs(module, tree):
+    """For every array of the Tree: the array, the parameter of the module that it stands for,
+    the turn from this one's axes to the array's, and how much larger this one is."""
     for name in tree.layout:
         part = getattr(tree, name)
         if isinstance(part, list):
             for one, block in zip(part, getattr(module, name)):
-                fill(one, block)
+                yield from pairs(block, one)
         elif name == "attention":
-            for name, layer in (("norm", module.norm3), ("qkv", module.qkv), ("out", module.out)):
-                fill(getattr(part, name), layer)
+            for name, layer in (("norm", "norm3"), ("qkv", "qkv"), ("out", "out")):
+                yield from pairs(getattr(module, layer), getattr(part, name))
         elif isinstance(part, td.Tree):
-            fill(part, getattr(module, name))
+            yield from pairs(getattr(module, name), part)
+        elif name == "label":
+            yield part, module.label.weight, same, 0
+        elif name == "w":
+            yield part, module.weight, lambda w: w.permute(2, 3, 1, 0) if w.ndim == 4 else w.T, 0
+        elif name == "scale":
+            yield part, module.weight, same, 1          # tinyddpm multiplies by 1 + scale
         else:
-            weight = module.bias if name in ("b", "shift") else module.weight \
-                if name in ("w", "scale") else module.label.weight
-            grad = weight.grad
-            if name == "w":
-                grad = grad.permute(2, 3, 1, 0) if grad.ndim == 4 else grad.T
-            part[...] = grad.reshape(part.shape).numpy()
+            yield part, module.bias, same, 0

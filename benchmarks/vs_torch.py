@@ -57,44 +57,48 @@ def ours(make, diffusion, images, labels, batch):
     return lambda: next(training), lambda: model(x, t, y)
 
 
+class TorchStep:
+    """The training step of tinyddpm.train, as PyTorch users write it."""
+
+    def __init__(self, net, forward, diffusion, images, labels, batch):
+        self.net, self.forward, self.batch = net, forward, batch
+        self.images, self.labels = torch.tensor(images), torch.tensor(labels)
+        self.abar = torch.tensor(diffusion.abar, dtype=torch.float32)
+        self.params = list(net.parameters())
+        self.ema = [p.detach().clone() for p in self.params]
+        self.adam = torch.optim.AdamW(self.params, betas=(0.9, 0.99), weight_decay=0, fused=True)
+
+    def __call__(self, lr=1e-3, n=10 ** 6):
+        batch = self.batch
+        pick = torch.randint(len(self.images), (batch,))
+        t = torch.randint(1, len(self.abar), (batch,))
+        y = torch.where(torch.rand(batch) < 0.1, self.net.null, self.labels[pick])
+        x0, abar = self.images[pick], self.abar[t][:, None, None, None]
+        eps, signal, noise = torch.randn_like(x0), abar.sqrt(), (1 - abar).sqrt()
+        out = self.forward(signal * x0 + noise * eps, t, y)
+        loss = F.mse_loss(out, signal * eps - noise * x0)
+        self.adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        decay = min(demo.TRAINING["ema"], (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+        return loss.item()
+
+
 def theirs(make, diffusion, images, labels, batch, channels_last, compiled=False):
     net = TorchUNet(make())
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
-    params = list(net.parameters())
-    ema = [p.detach().clone() for p in params]
-    adam = torch.optim.AdamW(params, lr=demo.TRAINING["lr"], betas=(0.9, 0.99), weight_decay=0,
-                             fused=True)
-    images, labels = torch.tensor(images), torch.tensor(labels)
-    abar = torch.tensor(diffusion.abar, dtype=torch.float32)
     forward = torch.compile(net) if compiled else net
-
-    def step():
-        pick = torch.randint(len(images), (batch,))
-        t = torch.randint(1, diffusion.T + 1, (batch,))
-        y = torch.where(torch.rand(batch) < 0.1, net.null, labels[pick])
-        x0 = images[pick]
-        eps = torch.randn_like(x0)
-        signal, noise = (a[:, None, None, None] for a in (abar[t].sqrt(), (1 - abar[t]).sqrt()))
-        loss = F.mse_loss(forward(signal * x0 + noise * eps, t, y), signal * eps - noise * x0)
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        adam.step()
-        torch._foreach_lerp_(ema, params, 1 - demo.TRAINING["ema"])
-        return loss.item()
-
-    x = torch.randn(batch, *net_image(images))
+    x = torch.randn(batch, *images.shape[1:])
     t, y = torch.full((batch,), 500), torch.arange(batch) % 10
 
     def draw():
         with torch.inference_mode():
             return forward(x, t, y)
-    return step, draw
-
-
-def net_image(images):
-    return images.shape[1:]
+    return TorchStep(net, forward, diffusion, images, labels, batch), draw
 
 
 def alternate(functions, repeats, seconds):

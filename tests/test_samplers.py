@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from common import KINDS, SPACINGS, abar_of, refused
-from tinyddpm import (Diffusion, ddim, ddpm, dynamic_threshold, guided, linear_betas, sample,
-                      timesteps, zero_terminal_snr)
+from tinyddpm import (Diffusion, cosine_betas, ddim, ddpm, dpm_solver, dynamic_threshold,
+                      guided, heun, linear_betas, sample, timesteps, zero_terminal_snr)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -44,6 +44,11 @@ SAMPLERS = {
     "ddim eta=1": (partial(ddim, eta=1.0), partial(equation_12, eta=1.0)),
 }
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+# Of second order: more than one prediction to a step, so no factors of x_t, eps and z.
+ALL = {name: sampler for name, (sampler, _) in SAMPLERS.items()}
+ALL |= {"dpm_solver": dpm_solver, "heun": heun}
+any_sampler = pytest.mark.parametrize("name", ALL)
 
 
 def best_eps(abar, m, s):
@@ -175,6 +180,93 @@ def test_ddim_at_eta_1_is_ddpm(kind, schedule):
         same(x, x_too, rtol=1e-8)
 
 
+# -------------------------------------------------------------- samplers of the second order
+
+def paper_dpm_solver(x0_of, x, abars):
+    """DPM-Solver++ Algorithm 2, in its words: alpha, sigma, lambda, h and r; x0_of(x, i)."""
+    alpha, sigma = abars ** 0.5, (1 - abars) ** 0.5
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha / sigma)
+    guesses = []
+    for i in range(1, len(abars)):
+        guesses.append(x0_of(x, i - 1))
+        D, h = guesses[-1], lam[i] - lam[i - 1]
+        if 1 < i < len(abars) - 1:              # the first and the last step are of order 1
+            r = (lam[i - 1] - lam[i - 2]) / h
+            D = (1 + 1 / (2 * r)) * guesses[-1] - 1 / (2 * r) * guesses[-2]
+        x = sigma[i] / sigma[i - 1] * x - alpha[i] * np.expm1(-h) * D
+    return x
+
+
+def paper_heun(x0_of, x, abars):
+    """EDM Algorithm 1 in its general form, d = (sigma'/sigma + s'/s) x - sigma' s/sigma D, for
+    s(phi) = cos(phi) and sigma(phi) = tan(phi)."""
+    phi = np.arctan2((1 - abars) ** 0.5, abars ** 0.5)
+
+    def slope(x, i):
+        s, ds = np.cos(phi[i]), -np.sin(phi[i])
+        sigma, dsigma = np.tan(phi[i]), np.cos(phi[i]) ** -2.0
+        return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * x0_of(x, i)
+    for i in range(len(abars) - 2):
+        d = slope(x, i)
+        ahead = x + (phi[i + 1] - phi[i]) * d
+        x = x + (phi[i + 1] - phi[i]) * (d + slope(ahead, i + 1)) / 2
+    return x0_of(x, len(abars) - 2)     # Euler's step to sigma = 0 in EDM's own variables is D
+
+
+SECOND_ORDER = {dpm_solver: paper_dpm_solver, heun: paper_heun}
+
+
+@pytest.mark.parametrize("sampler", SECOND_ORDER)
+@every_kind
+@given(schedule=betas_and_route(), clip=st.sampled_from([None, (-0.5, 0.8)]))
+def test_second_order_samplers_follow_their_papers(sampler, kind, schedule, clip):
+    """For any schedule and route, a model that is wrong and nonlinear, clipped or not."""
+    betas, route = schedule
+    abars, d = abar_of(betas), Diffusion(betas)
+
+    def x0_of(x, i):
+        x0 = d.to_x0(x, route[i], squash(x, np.full(len(x), route[i])), kind)
+        return np.clip(x0, *clip) if clip else x0
+    x = np.random.default_rng(1).standard_normal((2, 3))
+    same(sample(sampler(squash, d, x, steps=route, kind=kind, clip=clip)),
+         SECOND_ORDER[sampler](x0_of, x, abars[[*route, 0]]), rtol=1e-8)
+
+
+@pytest.mark.parametrize("sampler, order", [(ddim, 1), (dpm_solver, 2), (heun, 2)])
+@pytest.mark.parametrize("m, s", [(0.0, 0.5), (0.4, 1.5)])
+def test_order_of_convergence(sampler, order, m, s):
+    """For Gaussian data the probability-flow ODE has a closed form: x_t keeps its quantile. So
+    the error at a fixed t is known, and with twice the steps it falls 2^order times."""
+    T, stop = 20000, 2000
+    betas = cosine_betas(T)
+    abars = abar_of(betas)[[T * 9 // 10, stop]]
+    (mu, mu_s), (sd, sd_s) = m * abars ** 0.5, (abars * s ** 2 + 1 - abars) ** 0.5
+    x = np.linspace(-2, 2, 9)[:, None]
+    errors = []
+    for n in (40, 80, 160, 320):
+        steps = np.round(np.linspace(T * 9 // 10, stop, n + 1)).astype(int)
+        walk = sampler(best_model(betas, m, s, "eps"), Diffusion(betas), x, steps=steps,
+                       clip=None)
+        errors.append(np.abs(dict(walk)[stop] - mu_s - sd_s / sd * (x - mu)).max())
+    measured = np.log2(errors[:-1]) - np.log2(errors[1:])
+    assert np.all(np.abs(measured - order) < 0.15), measured
+
+
+@pytest.mark.parametrize("sampler", SECOND_ORDER)
+def test_second_order_samplers_start_from_zero_snr(sampler):
+    """There lambda and tan(phi) are infinite, and x is eps. One step from T, x0 known: DDIM's
+    step, which is the ODE's solution; Heun's turn by half a right angle is not exact."""
+    betas = zero_terminal_snr(linear_betas(1000))
+    x0, x = np.full((2, 1), 0.7), np.array([[0.0], [2.0]])
+    walk = sampler(lambda x, t: x0, Diffusion(betas), x, steps=50, kind="x0")
+    (_, first), *_, (_, end) = walk
+    abar_s = abar_of(betas)[980]
+    same(first, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * x,
+         atol=1e-9 if sampler is dpm_solver else 1e-3)
+    assert np.array_equal(end, x0)
+
+
 # --------------------------------------------------------------------------- zero terminal SNR
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
@@ -207,29 +299,31 @@ def test_from_zero_snr_all_noise_is_fresh(sampler):
         same(got, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * z, atol=1e-7)
 
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver, heun])
 def test_zero_snr_refuses_eps_models(sampler):
     refused("zero SNR", run, sampler, betas=zero_terminal_snr([0.1, 0.2, 0.3]), steps=3)
 
 
 # ------------------------------------------------------------------------------------ the walk
 
-@every_sampler
+@any_sampler
 @pytest.mark.parametrize("steps, times", [
     (5, [8, 6, 4, 2, 0]), (10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]), (1, [0]), (np.int64(2), [5, 0]),
     ([9, 4, 1], [4, 1, 0]), (np.array([3]), [0])])
 def test_yields_the_time_arrived_at(name, steps, times):
-    """One yield a step, the last of t = 0. The model is asked once a step, at the time left."""
+    """One yield a step, the last of t = 0. The model is asked once a step, at the time left;
+    by Heun also at the time arrived at, but for 0."""
     asked = []
 
     def model(x, t):
         asked.append(t)
         return squash(x, t)
-    yielded = run(SAMPLERS[name][0], model, steps=steps)
+    yielded = run(ALL[name], model, steps=steps)
     assert [t for t, _ in yielded] == times
     assert all(x.shape == (2, 3) for _, x in yielded)
     start = steps[0] if np.ndim(steps) else 10
-    assert [list(t) for t in asked] == [[t, t] for t in [start, *times[:-1]]]
+    left, arrived = [start, *times[:-1]], times[:-1] if name == "heun" else []
+    assert sorted(map(list, asked)) == sorted([t, t] for t in [*left, *arrived])
     assert all(t.dtype.kind == "i" for t in asked)
 
 
@@ -240,11 +334,11 @@ def test_ddpm_takes_all_steps_unless_told():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_samplers_take_the_spacing_asked_for(spacing):
     expected = [*timesteps(10, 3, spacing)[1:], 0]
-    for sampler in (ddpm, ddim):
+    for sampler in (ddpm, ddim, dpm_solver, heun):
         assert [t for t, _ in run(sampler, steps=3, spacing=spacing)] == expected
 
 
-@every_sampler
+@any_sampler
 def test_a_sampler_does_no_more_than_it_is_asked_for(name):
     """It is a generator: a caller who stops has paid for the steps taken, and no others."""
     calls = []
@@ -252,17 +346,17 @@ def test_a_sampler_does_no_more_than_it_is_asked_for(name):
     def model(x, t):
         calls.append(t)
         return x
-    walk = SAMPLERS[name][0](model, Diffusion(linear_betas(10)), np.zeros((2, 1)),
-                             np.random.default_rng(0), steps=10)
+    walk = ALL[name](model, Diffusion(linear_betas(10)), np.zeros((2, 1)),
+                     np.random.default_rng(0), steps=10)
     assert calls == []
     next(walk), next(walk)
-    assert len(calls) == 2
+    assert len(calls) == (4 if name == "heun" else 2)
 
 
-@every_sampler
+@any_sampler
 def test_the_start_is_left_as_it_was(name):
     d, x = Diffusion([0.1, 0.2]), np.ones((2, 1))
-    sample(SAMPLERS[name][0](squash, d, x, np.random.default_rng(0), steps=2))
+    sample(ALL[name](squash, d, x, np.random.default_rng(0), steps=2))
     assert np.array_equal(x, np.ones((2, 1)))
 
 
@@ -271,32 +365,32 @@ def test_sample_returns_the_last():
     assert np.array_equal(sample(iter(run(ddpm))), run(ddpm)[-1][1])
 
 
-@every_sampler
+@any_sampler
 @every_kind
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_types_stay(name, kind, dtype):
     x = np.ones((2, 3), dtype)
-    walk = SAMPLERS[name][0](lambda x, t: x / 2, Diffusion(linear_betas(5)), x,
-                             np.random.default_rng(0), steps=5, kind=kind)
+    walk = ALL[name](lambda x, t: x / 2, Diffusion(linear_betas(5)), x,
+                     np.random.default_rng(0), steps=5, kind=kind)
     assert [x.dtype for _, x in walk] == [dtype] * 5
 
 
-@every_sampler
+@any_sampler
 @pytest.mark.parametrize("steps", [1, 5, [7, 2]])
 def test_the_last_step_lands_on_x0_exactly(name, steps):
     """abar_0 = 1: all of x_0 is the model's x0, to the last bit."""
     x0 = np.random.default_rng(3).uniform(-1, 1, (2, 3))
-    _, end = run(SAMPLERS[name][0], lambda x, t: x0, steps=steps, kind="x0")[-1]
+    _, end = run(ALL[name], lambda x, t: x0, steps=steps, kind="x0")[-1]
     assert np.array_equal(end, x0)
 
 
 @pytest.mark.parametrize("name, draws", [
     ("ddpm small", 4), ("ddpm large", 4), ("ddim eta=0", 0), ("ddim eta=.4", 4),
-    ("ddim eta=1", 4)])
+    ("ddim eta=1", 4), ("dpm_solver", 0), ("heun", 0)])
 def test_no_noise_at_the_last_step(name, draws):
     """Five steps draw noise four times; without eta, never."""
     d, x, rng = Diffusion(linear_betas(10)), np.zeros((7, 1)), Impulses()
-    sample(SAMPLERS[name][0](squash, d, x, rng, steps=5))
+    sample(ALL[name](squash, d, x, rng, steps=5))
     assert rng.draws == draws
 
 
@@ -338,11 +432,11 @@ def test_ddpm_puts_the_clipped_x0_in_the_posterior():
 @pytest.mark.parametrize("clip, end", [
     (None, [3, -9, 0.5]), ((-1, 1), [1, -1, 0.5]), ((-2, 4), [3, -2, 0.5]),
     (lambda x0: x0 / 2, [1.5, -4.5, 0.25])], ids=["None", "(-1, 1)", "(-2, 4)", "function"])
-@every_sampler
+@any_sampler
 def test_clip_may_be_none_bounds_or_a_function(name, clip, end):
     """The last step shows it: x_0 is x0 as it was clipped."""
     x0 = np.array([[3, -9, 0.5]] * 2)
-    _, got = run(SAMPLERS[name][0], lambda x, t: x0, steps=3, kind="x0", clip=clip)[-1]
+    _, got = run(ALL[name], lambda x, t: x0, steps=3, kind="x0", clip=clip)[-1]
     same(got, [end] * 2)
 
 
@@ -445,7 +539,7 @@ def test_a_guided_model_is_a_model():
 
 # ----------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver, heun])
 @pytest.mark.parametrize("options, given_text", [
     (dict(steps=[1, 5]), "steps are [1, 5]"), (dict(steps=[5, 5]), "steps are [5, 5]"),
     (dict(steps=[11, 5]), "steps are [11, 5]"), (dict(steps=[5, 0]), "steps are [5, 0]"),
@@ -469,7 +563,7 @@ def test_bad_variance_and_eta_are_refused_at_the_call(sampler, options, given_te
             np.random.default_rng(0), steps=5, **options)
 
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver, heun])
 def test_a_model_of_another_shape_is_refused(sampler):
     """(2, 1) would broadcast against (2, 3) without a word."""
     refused("(2, 1)", run, sampler, lambda x, t: x[:, :1], steps=5)
