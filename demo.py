@@ -40,11 +40,12 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 # Chosen by measurement: the best found for five minutes on two CPU cores. For a GPU, larger.
 CHANNELS = (64, 128, 128) if ON_GPU else (16, 32, 64)
 STEPS, BATCH = (6000, 128) if ON_GPU else (1400, 64)
-TRAINING = dict(kind="v", lr=6e-3, ema=0.995)
+TRAINING = dict(kind="v", optimizer="muon", lr=6e-3, ema=0.995)
 DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.6)
 GUIDED_BELOW = 0.8      # guidance above w = 1 waits until t has come down to this share of T
 SCHEDULE, T = "cosine", 1000
 SAMPLERS = {"ddpm": td.ddpm, "ddim": td.ddim, "dpm_solver": td.dpm_solver, "heun": td.heun}
+OUT = Path("out")
 WEIGHTS = HERE / "weights" / "mnist.npz"
 
 
@@ -337,12 +338,14 @@ class Model:
 
 
 def trained(out):
-    """The Model of OUT/model.npz, with the EMA of its parameters; where none has been trained,
+    """The Model of OUT/model.npz, with the EMA of its parameters. Before anything is trained,
     that of the weights which come with the demo."""
     path = out / "model.npz"
     if not path.exists():
-        print(f"{path} is not there yet, so the weights in {WEIGHTS} draw")
+        if out != OUT:
+            raise FileNotFoundError(f"{path} is not there yet; `python demo.py` trains it")
         path = WEIGHTS
+        print("these are the weights that come with the demo; `python demo.py` trains others")
     net, state, settings = checkpoint(path)
     params = state.ema.flat if state else net.params.flat.astype(np.float32)
     return Model(net.twin(params), td.Diffusion(td.SCHEDULES[settings["schedule"]](
@@ -665,7 +668,7 @@ def parser():
     whole, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
     weight = number(float, -1e3, 1e3)
     out = option("--out", "where the checkpoint is and the pictures go", type=Path,
-                 default=Path("out"), metavar="DIR")
+                 default=OUT, metavar="DIR")
     data = option("--data", "directory of MNIST, Fashion-MNIST, ... files, gzipped or not",
                   type=Path, default=HERE / "data", shown="the bundled digits", metavar="DIR")
     seed = option("--seed", "of the noise", type=natural, default=0, metavar="N")

@@ -41,6 +41,7 @@ Papers, by the names used below
     CFG            Ho & Salimans 2022, 2207.12598             classifier-free guidance
     Interval       Kynkaanniemi et al. 2024, 2404.07724       guidance at some steps only
     Imagen         Saharia et al. 2022, 2205.11487            dynamic thresholding
+    Muon           Jordan et al. 2024, kellerjordan.github.io/posts/muon
     Min-SNR        Hang et al. 2023, 2303.09556               loss weights
     ZeroSNR        Lin et al. 2024, 2305.08891                zero terminal SNR, trailing steps
 """
@@ -136,8 +137,8 @@ def linear_betas(T, start=1e-4, end=0.02):
 
 def scaled_linear_betas(T, start=1e-4, end=0.02):
     """linear_betas with both ends times 1000/T, so that x_T is noise for a short T too (iDDPM's
-    code). At T = 20 the last beta is 1; below, it would pass 1: a ValueError. In diffusers this
-    name means quadratic_betas."""
+    code). At T = 20 the last beta is 1; at 2 to 19 it would pass 1: a ValueError. In diffusers
+    this name means quadratic_betas."""
     scale = 1000 / whole("T", T)
     return checked_betas(np.linspace(scale * start, scale * end, T))
 
@@ -1103,9 +1104,56 @@ class Adam:
         b1, b2 = self.betas
         self.m += (1 - b1) * (grads - self.m)
         self.v += (1 - b2) * (grads * grads - self.v)
+        params -= lr * (self.direction() + decay * params)
+
+    def direction(self):
+        """The mean of the gradients, each over the root of its own mean square."""
+        b1, b2 = self.betas
         m = self.m / (1 - b1 ** self.n)     # as means that started at 0, both are too small
         v = self.v / (1 - b2 ** self.n)
-        params -= lr * (m / (xp.sqrt(v) + self.eps) + decay * params)
+        return m / (xp.sqrt(v) + self.eps)
+
+
+class Muon(Adam):
+    """Adam, except for the matrices inside the network: each moves by the orthogonal matrix
+    nearest to its mean gradient, so that a few steep directions do not hold up all others
+    (Muon). A kernel counts as the matrix (9 C, D). The way in, the way out, the embeddings and
+    all vectors stay with Adam."""
+
+    def __init__(self, params, betas=(0.9, 0.999), eps=1e-8):
+        """params: a UNet's Tree."""
+        super().__init__(params.flat, betas, eps)
+        self.matrices, end = [], 0
+        for name, part in params.layout.items():
+            for shape, _ in leaves(part):
+                start, end = end, end + math.prod(shape)
+                if name == "top" and len(shape) > 1:
+                    self.matrices.append((slice(start, end), (-1, shape[-1])))
+
+    def direction(self):
+        moves = super().direction()
+        for where, shape in self.matrices:
+            m = orthogonal(self.m[where].reshape(shape))
+            # Its mean square is 1 / the longer side; bring it to 0.2, as Adam's often is, so
+            # that one learning rate serves both (2502.16982, section 2.2).
+            moves[where] = (0.2 * max(m.shape) ** 0.5 * m).ravel()
+        return moves
+
+
+OPTIMIZERS = {"adamw": lambda params, *options: Adam(params.flat, *options), "muon": Muon}
+
+
+def orthogonal(m):
+    """Nearly U V^T of m = U S V^T. Each of five Newton-Schulz steps puts every singular value s
+    of m / |m| through 3.4445 s - 4.775 s^3 + 2.0315 s^5, until it is within 0.7 to 1.2 (Muon's
+    coefficients)."""
+    if len(m) < m.shape[1]:
+        return orthogonal(m.T).T        # so that the gram matrix is the smaller of the two
+    m = m / (xp.sqrt((m * m).sum()) + 1e-12)
+    for _ in range(5):
+        gram = m.T @ m
+        m = 3.4445 * m - m @ (4.775 * gram - 2.0315 * gram @ gram)
+    return m
 
 
 class EMA:
@@ -1138,31 +1186,33 @@ def learning_rate(step, steps, highest, warmup):
 
 
 def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="v", loss="l2",
-          weighting="simple", lr=2e-3, warmup=100, betas=(0.9, 0.99), decay=0.0, clip=1.0,
-          ema=0.999, label_drop=0.1, accumulate=1, threads=1, chunk=16, state=None):
+          weighting="simple", optimizer="adamw", lr=2e-3, warmup=100, betas=(0.9, 0.99),
+          decay=0.0, clip=1.0, ema=0.999, label_drop=0.1, accumulate=1, threads=1, chunk=16,
+          state=None):
     """Train net to predict `kind` (DDPM Algorithm 1, CFG Algorithm 1). A generator: it yields
     its State after every step. Draw with net.twin(state.ema.flat); to go on, pass the State.
 
     images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers, replaced by the null label at
     a rate of label_drop. rng: a NumPy Generator or a seed. loss: "l2", "l1" or "huber", times
-    diffusion.loss_weight(t, kind, weighting). lr, warmup: see learning_rate. betas, decay:
-    AdamW's. clip: the gradient's largest norm. ema: the EMA's decay. accumulate: batches to a
+    diffusion.loss_weight(t, kind, weighting). optimizer: "adamw" or "muon", with their betas
+    and decay. lr, warmup: see learning_rate. clip: the gradient's largest norm. ema: the EMA's decay. accumulate: batches to a
     step.
 
     On a CPU each batch is cut over threads, and each part worked through chunk images at a
     time, so that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1).
     A loss that is not finite is a FloatingPointError, and the parameters are left at the step
     before; on a GPU it is looked at every 50 steps, so go back to a checkpoint there. With a
-    state, rng, betas and ema are those it holds, and steps counts those already done.
+    state, rng, optimizer, betas and ema are those it holds, and steps counts those already done.
     """
     one_of("loss", loss, LOSSES)
     one_of("kind", kind, KINDS)
     one_of("weighting", weighting, WEIGHTINGS)
+    one_of("optimizer", optimizer, OPTIMIZERS)
     for name, n in {"batch": batch, "accumulate": accumulate, "threads": threads,
                     "chunk": chunk}.items():
         whole(name, n)
     images, labels = training_data(net, images, labels)
-    state = state or State(Adam(net.params.flat, betas), EMA(net.params.flat, ema),
+    state = state or State(OPTIMIZERS[optimizer](net.params, betas), EMA(net.params.flat, ema),
                            np.random.default_rng(rng))
     rng, on_cpu = state.rng, xp is np
     threads, chunk = (threads, chunk) if on_cpu else (1, batch)
@@ -1251,6 +1301,7 @@ def save(path, net, state=None, **settings):
         adam, ema = state.adam, state.ema
         arrays |= {"ema": ema.flat, "m": adam.m, "v": adam.v}
         meta["state"] = {"step": state.step, "loss": float(state.loss), "lr": state.lr,
+                         "optimizer": "muon" if isinstance(adam, Muon) else "adamw",
                          "adam": [adam.betas, adam.eps, adam.n], "ema": [ema.decay, ema.n],
                          "rng": state.rng.bit_generator.state}
     meta["arrays"] = list(arrays)
@@ -1297,7 +1348,8 @@ def load(path):
         return net, None, meta["settings"]
     saved = meta["state"]
     betas, eps, n = saved["adam"]
-    adam, ema = Adam(net.params.flat, tuple(betas), eps), EMA(arrays["ema"], saved["ema"][0])
+    adam = OPTIMIZERS[saved.get("optimizer", "adamw")](net.params, tuple(betas), eps)
+    ema = EMA(arrays["ema"], saved["ema"][0])
     adam.m, adam.v, adam.n, ema.n = arrays["m"], arrays["v"], n, saved["ema"][1]
     generator = getattr(np.random, saved["rng"]["bit_generator"])()
     generator.state = saved["rng"]

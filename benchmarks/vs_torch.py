@@ -1,8 +1,11 @@
 """tinyddpm against PyTorch on the same network, weights and batch, in turns in one run.
 
-    python benchmarks/vs_torch.py           medians, and ratios to PyTorch's better memory format
+    python benchmarks/vs_torch.py               medians, and ratios to PyTorch's better format
+    python benchmarks/vs_torch.py --isa avx2    both libraries held to AVX2 instructions
+    python benchmarks/vs_torch.py --compile     torch.compile as well
 
-First both networks' outputs and gradients are compared. A training step is: draw a batch and its
+With --isa best each library takes the fastest instructions that it finds, whatever the
+environment holds OpenBLAS to; with --isa env the environment decides. First both networks' outputs and gradients are compared. A training step is: draw a batch and its
 noise, forward, backward, clip, AdamW, EMA. A sampling forward is the network's answer alone.
 PyTorch is needed for this alone: pip install torch
 """
@@ -14,8 +17,17 @@ import time
 from pathlib import Path
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(name, "1")            # tinyddpm cuts batches over threads instead
+ISA = argparse.ArgumentParser(add_help=False)
+ISA.add_argument("--isa", choices=("best", "avx2", "env"), default="best", help="instructions")
+isa = ISA.parse_known_args()[0].isa             # before NumPy and PyTorch look
+if isa == "best":
+    os.environ.pop("OPENBLAS_CORETYPE", None)
+elif isa == "avx2":
+    os.environ |= {"OPENBLAS_CORETYPE": "Haswell", "ONEDNN_MAX_CPU_ISA": "AVX2",
+                   "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+# tinyddpm cuts batches over threads instead. (PyTorch's OpenMP keeps its two.)
+for name in ("OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(name, "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np                                                              # noqa: E402
@@ -50,7 +62,7 @@ def ours(make, diffusion, images, labels, batch):
     """Two functions: one training step, one sampling forward."""
     net = make()
     training = td.train(net, diffusion, images, labels, steps=10 ** 6, batch=batch,
-                        threads=THREADS, **demo.TRAINING)
+                        threads=THREADS, **demo.TRAINING | {"optimizer": "adamw"})
     model = td.parallel(net, THREADS)
     x = td.normal(np.random.default_rng(0), (batch, *net.image))
     t, y = np.full(batch, 500), np.arange(batch) % 10
@@ -101,32 +113,42 @@ def theirs(make, diffusion, images, labels, batch, channels_last, compiled=False
     return TorchStep(net, forward, diffusion, images, labels, batch), draw
 
 
-def alternate(functions, repeats, seconds):
-    """Medians of each function's time, all called in turn."""
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def sgemm(matmul, ones):
+    torch.set_num_threads(1)
+    dtype = np.float32 if ones is np.ones else torch.float32
+    a = ones((1024, 1024), dtype=dtype)
+    took = statistics.median(seconds(lambda: matmul(a, a)) for _ in range(20))
+    torch.set_num_threads(THREADS)
+    return 2 * 1024 ** 3 / took / 1e9
+
+
+def alternate(functions, repeats):
+    """Medians of each function's seconds, all called in turn."""
     times = {name: [] for name in functions}
-    for name, function in functions.items():    # warm up
-        for _ in range(3):
-            function()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[name]) < repeats:
+    for _ in range(3 + repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(seconds(function))
+    return {name: statistics.median(values[3:]) for name, values in times.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, parents=[ISA],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     demo.keep_memory()
     torch.set_num_threads(THREADS)
-    print(f"NumPy {np.__version__} ({os.environ.get('OPENBLAS_CORETYPE', 'BLAS as found')}), "
-          f"PyTorch {torch.__version__}, {THREADS} threads each")
+    print(f"NumPy {np.__version__}, PyTorch {torch.__version__}, {THREADS} threads each, "
+          f"instructions: {args.isa}; sgemm on one thread: NumPy {sgemm(np.matmul, np.ones):.0f} "
+          f"GFLOP/s, PyTorch {sgemm(torch.matmul, torch.ones):.0f}")
     images, labels = demo.load_digits(demo.HERE / "data", "train")
     diffusion = td.Diffusion(td.cosine_betas(1000))
     for title, make in NETS.items():
@@ -140,7 +162,7 @@ def main():
             if args.compile:
                 runs["compiled"] = theirs(make, *data, True, True)
             for i, what in enumerate(("training step", "sampling forward")):
-                ms = alternate({name: run[i] for name, run in runs.items()}, args.repeats, 0)
+                ms = alternate({name: run[i] for name, run in runs.items()}, args.repeats)
                 best = min(ms["contiguous"], ms["channels-last"])
                 print(f"  batch {batch:4} {what:17}" + "  ".join(
                     f"{name} {1000 * value:.1f}" for name, value in ms.items())

@@ -33,7 +33,7 @@ def everything(net, state):
     return ([net.params.flat, state.ema.flat, state.adam.m, state.adam.v],
             dict(step=state.step, loss=float(state.loss), lr=state.lr, n=state.adam.n,
                  betas=state.adam.betas, eps=state.adam.eps, ema=(state.ema.decay, state.ema.n),
-                 rng=state.rng.bit_generator.state))
+                 rng=state.rng.bit_generator.state, optimizer=type(state.adam)))
 
 
 def assert_same(one, other):
@@ -63,10 +63,11 @@ def plain(tmp_path_factory):
 
 # ------------------------------------------------------------------------------- round trip
 
+@pytest.mark.parametrize("optimizer", td.OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_run_comes_back_whole(dtype, tmp_path):
+def test_a_run_comes_back_whole(dtype, optimizer, tmp_path):
     net = td.UNet(**CONFIG, dtype=dtype)
-    state = after(net, 3, ema=0.9)
+    state = after(net, 3, ema=0.9, optimizer=optimizer)
     td.save(tmp_path / "a", net, state, schedule="cosine", T=1000, clip=[-1, 1], w=None)
     again, its_state, settings = td.load(tmp_path / "a")        # the name is left as it is
     assert again.config == net.config == CONFIG
@@ -94,15 +95,17 @@ def test_what_is_loaded_can_be_trained(saved):
         a += 1
 
 
+@pytest.mark.parametrize("optimizer", td.OPTIMIZERS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resuming_is_the_uninterrupted_run(threads, dropout, tmp_path):
-    """To the bit: parameters, mean, moments, the Generator's state, loss and learning rate."""
+def test_resuming_is_the_uninterrupted_run(threads, dropout, optimizer, tmp_path):
+    """To the bit: parameters, mean, moments, the Generator's state, loss and learning rate. A
+    State knows its optimiser."""
     whole, part = (td.UNet(**CONFIG | dict(dropout=dropout)) for _ in range(2))
-    td.save(tmp_path / "half", part, after(part, 3, threads=threads))
+    td.save(tmp_path / "half", part, after(part, 3, threads=threads, optimizer=optimizer))
     part, state, _ = td.load(tmp_path / "half")
     assert_same((part, after(part, 3, state=state, threads=threads)),
-                (whole, after(whole, 6, threads=threads)))
+                (whole, after(whole, 6, threads=threads, optimizer=optimizer)))
 
 
 def test_a_finished_run_has_nothing_to_resume(tmp_path):

@@ -352,7 +352,7 @@ def test_the_pictures_of_train(trained, data, tmp_path, sheets):
     (tmp_path / "model.npz").write_bytes((trained / "model.npz").read_bytes())
     run("train", "--data", data, "--out", tmp_path)
     assert sheets["samples.png"].shape == (10, CLASSES, SIZE, SIZE, 1)
-    model = demo.Model(tmp_path)
+    model = demo.trained(tmp_path)
     frames = dict(model.frames(np.arange(CLASSES), 0, **demo.DRAWING))
     shown = sheets["denoising.png"]
     assert shown.shape == (CLASSES, 10, SIZE, SIZE, 1)
@@ -403,7 +403,7 @@ def test_fresh_starts_over(trained, data, tmp_path, sheets):
 def test_any_number_of_levels(channels, data, tmp_path, sheets):
     """--channels decides how many there are, whatever the default has."""
     run("train", *SMALL[:4], "--channels", *channels, "--data", data, "--out", tmp_path)
-    assert demo.Model(tmp_path).net.config["channels"] == tuple(map(int, channels))
+    assert demo.trained(tmp_path).net.config["channels"] == tuple(map(int, channels))
 
 
 def test_a_training_that_blows_up_says_so(data, tmp_path, monkeypatch):
@@ -658,7 +658,7 @@ def test_the_average_draws_and_not_the_last_step(trained):
     """Model holds the EMA, of which tinyddpm says that it draws better."""
     net, state, _ = td.load(trained / "model.npz")
     assert np.any(net.params.flat != state.ema.flat)
-    assert np.array_equal(demo.Model(trained).net.params.flat, state.ema.flat)
+    assert np.array_equal(demo.trained(trained).net.params.flat, state.ema.flat)
 
 
 @pytest.mark.parametrize("command", ["sample", "score"])
@@ -740,7 +740,7 @@ def test_bpd(trained, data, capsys):
     images, labels = demo.load_digits(data, "t10k")
     rng = np.random.default_rng(1)
     pick = rng.permutation(12)[:2]
-    model = demo.Model(trained)
+    model = demo.trained(trained)
     bound = model.diffusion.bits_per_dim(lambda x, t: model.net(x, t, labels[pick]),
                                          images[pick], rng, "v")
     assert total == pytest.approx(float(bound["total"]), abs=6e-4)

@@ -105,6 +105,60 @@ def test_adam_moves_in_place_and_by_the_rate():
     assert np.array_equal(gradients, held)
 
 
+@pytest.mark.parametrize("rows, columns", [(40, 8), (8, 40), (8, 8), (9, 1), (1, 1)])
+def test_orthogonal(rows, columns):
+    """m = U S V^T becomes U S' V^T, every singular value S' near to 1, whatever m's size."""
+    m = np.random.default_rng(rows).standard_normal((rows, columns))
+    u, _, vt = np.linalg.svd(m, full_matrices=False)
+    near_one = u.T @ td.orthogonal(m) @ vt.T
+    close(near_one, np.diag(np.diag(near_one)))
+    assert np.all((0.65 < np.diag(near_one)) & (np.diag(near_one) < 1.25))
+    close(td.orthogonal(1e5 * m), td.orthogonal(m))
+    assert not td.orthogonal(0 * m).any()
+
+
+def test_orthogonal_steps_are_the_polynomial_of_muon():
+    """Of a diagonal matrix each step is that of its numbers."""
+    s = np.array([3.0, 2.0, 0.5])
+    expected = s / np.linalg.norm(s)
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.775 * expected ** 3 + 2.0315 * expected ** 5
+    close(td.orthogonal(np.diag(s)), np.diag(expected), 1e-12)
+
+
+def test_muon_moves_the_matrices_inside_and_adam_the_rest():
+    """Kernels (9 C, D) and products of the levels by an orthogonal matrix of mean square about
+    0.2^2; vectors, the label table, the way in and the way out as Adam does."""
+    net = td.UNet(image=(4, 4, 1), channels=(4, 6), classes=2, attention=(1,), heads=1,
+                  dtype=np.float64)
+    muon, adam = td.Muon(net.params), td.Adam(net.params.flat)
+    rng = np.random.default_rng(0)
+    first = [td.Tree(net.params.layout, net.params.flat.copy()) for _ in range(2)]
+    for _ in range(2):
+        grads = rng.standard_normal(net.params.flat.shape)
+        before = [p.flat.copy() for p in first]
+        muon.step(first[0].flat, grads, 0.01, 0.1)
+        adam.step(first[1].flat, grads, 0.01, 0.1)
+    close(muon.m, adam.m), close(muon.v, adam.v)
+
+    def check(layout, ours, adams, start, adams_start, m, inside):
+        for name, part in layout.items():
+            parts = [getattr(tree, name) for tree in (ours, adams, start, adams_start, m)]
+            if isinstance(part, dict):
+                check(part, *parts, inside or name == "top")
+            elif isinstance(part, list):
+                for i, one in enumerate(part):
+                    check(one, *(p[i] for p in parts), inside)
+            elif inside and len(part[0]) > 1:
+                mean = parts[4].reshape(-1, part[0][-1])
+                move = 0.2 * max(mean.shape) ** 0.5 * td.orthogonal(mean)
+                close(parts[0], parts[2] - 0.01 * (move.reshape(part[0]) + 0.1 * parts[2]))
+            else:
+                close(parts[0] - parts[2], parts[1] - parts[3])
+    layout = net.params.layout
+    check(layout, *first, *(td.Tree(layout, flat) for flat in (*before, muon.m)), False)
+
+
 def test_ema_warms_up():
     """The n-th mean, n = 0, 1, ..., keeps (1 + n) / (10 + n) of itself, at most its decay."""
     ema, p = td.EMA(np.zeros(1), decay=0.6), 0.0
@@ -351,7 +405,8 @@ def test_a_loss_that_is_not_finite_stops(value, slope, monkeypatch):
     (dict(labels=data()[1] + 3), r"labels.* to [45];.*0\.\.3"),
     (dict(labels=data()[1] - 3), r"labels.* from -3 .*0\.\.3"),
     (dict(loss="L2"), "loss is 'L2'.*'l1'"), (dict(kind="score"), "kind is 'score'.*'eps'"),
-    (dict(weighting="p2"), "weighting is 'p2'.*'min_snr'")])
+    (dict(weighting="p2"), "weighting is 'p2'.*'min_snr'"),
+    (dict(optimizer="sgd"), "optimizer is 'sgd'.*'muon'")])
 def test_bad_input(changes, message):
     """A ValueError that says what was given and what is wanted."""
     images, labels = data()
