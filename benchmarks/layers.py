@@ -99,7 +99,7 @@ def main():
             rate = f"{work / took / 1e9:9.0f}" if flops else f"{'':9}"
             line += f"{1000 * took:6.2f}{rate}{size / took / 1e9:7.1f}{share:8.0%}    "
         print(f"{name:24}{line}")
-    print("\n\"of peak\" is of sgemm's where there are products, else of the copy's bytes a second")
+    print("\nof peak: of sgemm's where there are products, else of the copy's bytes a second")
 
 
 if __name__ == "__main__":

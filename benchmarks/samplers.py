@@ -2,8 +2,8 @@
 
     python benchmarks/samplers.py           a table, and docs/samplers.png
 
-Draws 500 digits each time, with the guidance of the demo, from OUT/model.npz or the weights that
-come with the demo, and scores them with the classifier of `python demo.py score`.
+Draws 500 digits each time, with the guidance of the demo, from OUT/model.npz or the weights
+that come with the demo, and scores them with the classifier of `python demo.py score`.
 """
 import argparse
 import sys
@@ -36,8 +36,9 @@ def main():
     labels = np.arange(args.count) % model.net.classes
     test, test_labels = demo.load_digits(args.data, "t10k")
     read, seen = demo.read(classifier, demo.pad_to_fours(test[:args.count]))
-    print(f"{'':18}{'calls':>6}{'seconds':>9}{'accuracy':>10}{'Frechet':>9}\n{'test digits':33}"
-          f"{np.mean(seen == test_labels[:args.count]):10.1%}{demo.frechet(reference, read):9.3f}")
+    print(f"{'':18}{'calls':>6}{'seconds':>9}{'accuracy':>10}{'Frechet':>9}\n"
+          f"{'test digits':33}{np.mean(seen == test_labels[:args.count]):10.1%}"
+          f"{demo.frechet(reference, read):9.3f}")
     figure, axes = demo.plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for name, (sampler, eta) in RUNS.items():
         rows = []

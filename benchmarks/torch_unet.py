@@ -1,5 +1,5 @@
-"""tinyddpm's U-Net once more, in PyTorch, from the same weights: the yardstick of the benchmarks
-and of tests/test_against_torch.py. Layer by layer what tinyddpm.py does, as PyTorch users would
+"""tinyddpm's U-Net once more, in PyTorch, from the same weights: the yardstick of the
+benchmarks and of tests/test_against_torch.py. Layer by layer what tinyddpm.py does, as PyTorch users would
 write it; (B, C, H, W) inside, (B, H, W, C) outside."""
 import math
 
@@ -102,7 +102,8 @@ class TorchUNet(nn.Module):
 
     def forward(self, x, t, y):
         half = self.width // 2
-        frequency = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1)))
+        i = torch.arange(half, device=t.device)
+        frequency = torch.exp(i * (-math.log(10000) / (half - 1)))
         angle = t[:, None] * frequency.to(x)
         h = self.time2(F.silu(self.time1(torch.cat([angle.sin(), angle.cos()], 1))))
         emb = F.silu(h + self.label(y) if hasattr(self, "label") else h)
@@ -113,7 +114,7 @@ class TorchUNet(nn.Module):
         """What backward() found, in the order of net.grads.flat."""
         tree = td.Tree(net.params.layout, net.params.flat.copy())
         for array, parameter, turned, _ in pairs(self, tree):
-            array[...] = turned(parameter.grad).reshape(array.shape).numpy()
+            array[...] = on_device(turned(parameter.grad).reshape(array.shape))
         return tree.flat
 
     def flat(self, net, values=None):
@@ -122,13 +123,21 @@ class TorchUNet(nn.Module):
         tree = td.Tree(net.params.layout, net.params.flat.copy())
         values = dict(zip(self.parameters(), values or self.parameters()))
         for array, parameter, turned, less in pairs(self, tree):
-            value = turned(values[parameter].detach()).reshape(array.shape).numpy()
-            array[...] = value - less
+            value = turned(values[parameter].detach()).reshape(array.shape)
+            array[...] = on_device(value - less)
         return tree.flat
+
+
+def on_device(a):
+    return td.xp.asarray(a.cpu().numpy())
 
 
 def same(w):
     return w
+
+
+def channels_to_the_end(w):
+    return w.permute(2, 3, 1, 0) if w.ndim == 4 else w.T
 
 
 def pairs(module, tree):
@@ -147,7 +156,7 @@ def pairs(module, tree):
         elif name == "label":
             yield part, module.label.weight, same, 0
         elif name == "w":
-            yield part, module.weight, lambda w: w.permute(2, 3, 1, 0) if w.ndim == 4 else w.T, 0
+            yield part, module.weight, channels_to_the_end, 0
         elif name == "scale":
             yield part, module.weight, same, 1          # tinyddpm multiplies by 1 + scale
         else:

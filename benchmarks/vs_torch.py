@@ -5,8 +5,10 @@
     python benchmarks/vs_torch.py --compile     torch.compile as well
 
 With --isa best each library takes the fastest instructions that it finds, whatever the
-environment holds OpenBLAS to; with --isa env the environment decides. First both networks' outputs and gradients are compared. A training step is: draw a batch and its
-noise, forward, backward, clip, AdamW, EMA. A sampling forward is the network's answer alone.
+environment holds OpenBLAS to; with --isa env the environment decides. On a GPU both use TF32.
+
+First both networks' outputs and gradients are compared. A training step is: draw a batch and
+its noise, forward, backward, clip, AdamW, EMA. A sampling forward is the network's answer alone.
 PyTorch is needed for this alone: pip install torch
 """
 import argparse
@@ -28,6 +30,7 @@ elif isa == "avx2":
 # tinyddpm cuts batches over threads instead. (PyTorch's OpenMP keeps its two.)
 for name in ("OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ.setdefault(name, "1")
+os.environ.setdefault("CUPY_TF32", "1")         # on a GPU, as PyTorch's line in main()
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np                                                              # noqa: E402
@@ -38,8 +41,12 @@ import demo                                                                     
 import tinyddpm as td                                                           # noqa: E402
 from torch_unet import TorchUNet                                                # noqa: E402
 
-NETS = {"the demo's, 28x28": demo.network,
-        "28x28, channels 32, 64, 128": lambda: td.UNet(channels=(32, 64, 128), classes=10)}
+DEVICE = "cuda" if demo.ON_GPU else "cpu"
+NETS = {"the demo's, 28x28": demo.network}
+if demo.ON_GPU:
+    NETS["32x32x3, channels 128, 256, 256"] = lambda: td.UNet((32, 32, 3), (128, 256, 256))
+else:
+    NETS["28x28, channels 32, 64, 128"] = lambda: td.UNet(channels=(32, 64, 128))
 
 
 def compare(make):
@@ -51,19 +58,21 @@ def compare(make):
     t, y = rng.integers(1, 1001, 8), rng.integers(0, 11, 8)
     out, back = net.forward(x, t, y)
     back(dy)
-    twin = TorchUNet(net)
-    other = twin(torch.tensor(x), torch.tensor(t), torch.tensor(y))
-    other.backward(torch.tensor(dy))
-    pairs = (out, other.detach().numpy()), (net.grads.flat, twin.gradients(net))
+    twin = TorchUNet(net).to(DEVICE)
+    other = twin(*(torch.tensor(td.asnumpy(a), device=DEVICE) for a in (x, t, y)))
+    other.backward(torch.tensor(td.asnumpy(dy), device=DEVICE))
+    pairs = (out, other.detach().cpu().numpy()), (net.grads.flat, twin.gradients(net))
+    pairs = [[td.asnumpy(a) for a in pair] for pair in pairs]
     return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs]
 
 
 def ours(make, diffusion, images, labels, batch):
     """Two functions: one training step, one sampling forward."""
     net = make()
+    images = images_for(net, images)
     training = td.train(net, diffusion, images, labels, steps=10 ** 6, batch=batch,
                         threads=THREADS, **demo.TRAINING | {"optimizer": "adamw"})
-    model = td.parallel(net, THREADS)
+    model = net if demo.ON_GPU else td.parallel(net, THREADS)
     x = td.normal(np.random.default_rng(0), (batch, *net.image))
     t, y = np.full(batch, 500), np.arange(batch) % 10
     return lambda: next(training), lambda: model(x, t, y)
@@ -74,17 +83,20 @@ class TorchStep:
 
     def __init__(self, net, forward, diffusion, images, labels, batch):
         self.net, self.forward, self.batch = net, forward, batch
-        self.images, self.labels = torch.tensor(images), torch.tensor(labels)
-        self.abar = torch.tensor(diffusion.abar, dtype=torch.float32)
+        self.images = torch.tensor(images, device=DEVICE)
+        self.labels = torch.tensor(labels, device=DEVICE)
+        self.abar = torch.tensor(diffusion.abar, dtype=torch.float32, device=DEVICE)
         self.params = list(net.parameters())
         self.ema = [p.detach().clone() for p in self.params]
-        self.adam = torch.optim.AdamW(self.params, betas=(0.9, 0.99), weight_decay=0, fused=True)
+        self.adam = torch.optim.AdamW(self.params, betas=(0.9, 0.99), weight_decay=0,
+                                      fused=True)
 
     def __call__(self, lr=1e-3, n=10 ** 6):
         batch = self.batch
-        pick = torch.randint(len(self.images), (batch,))
-        t = torch.randint(1, len(self.abar), (batch,))
-        y = torch.where(torch.rand(batch) < 0.1, self.net.null, self.labels[pick])
+        pick = torch.randint(len(self.images), (batch,), device=DEVICE)
+        t = torch.randint(1, len(self.abar), (batch,), device=DEVICE)
+        dropped = torch.rand(batch, device=DEVICE) < 0.1
+        y = torch.where(dropped, self.net.null, self.labels[pick])
         x0, abar = self.images[pick], self.abar[t][:, None, None, None]
         eps, signal, noise = torch.randn_like(x0), abar.sqrt(), (1 - abar).sqrt()
         out = self.forward(signal * x0 + noise * eps, t, y)
@@ -96,16 +108,18 @@ class TorchStep:
         self.adam.step()
         decay = min(demo.TRAINING["ema"], (1 + n) / (10 + n))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
-        return loss.item()
+        return loss     # not looked at: that would be waiting for a GPU
 
 
 def theirs(make, diffusion, images, labels, batch, channels_last, compiled=False):
-    net = TorchUNet(make())
+    net = make()
+    images = images_for(net, images)
+    net = TorchUNet(net).to(DEVICE)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     forward = torch.compile(net) if compiled else net
-    x = torch.randn(batch, *images.shape[1:])
-    t, y = torch.full((batch,), 500), torch.arange(batch) % 10
+    x = torch.randn(batch, *images.shape[1:], device=DEVICE)
+    t, y = torch.full((batch,), 500, device=DEVICE), torch.arange(batch, device=DEVICE) % 10
 
     def draw():
         with torch.inference_mode():
@@ -113,9 +127,20 @@ def theirs(make, diffusion, images, labels, batch, channels_last, compiled=False
     return TorchStep(net, forward, diffusion, images, labels, batch), draw
 
 
+def images_for(net, images):
+    """The digits, or noise where the network takes other images."""
+    if images.shape[1:] == net.image:
+        return images
+    noise = np.random.default_rng(0).standard_normal((2000, *net.image), dtype=np.float32)
+    return np.clip(noise, -1, 1)
+
+
 def seconds(function):
     start = time.perf_counter()
     function()
+    if demo.ON_GPU:
+        td.xp.cuda.Device().synchronize()
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -146,10 +171,12 @@ def main():
     args = parser.parse_args()
     demo.keep_memory()
     torch.set_num_threads(THREADS)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     print(f"NumPy {np.__version__}, PyTorch {torch.__version__}, {THREADS} threads each, "
-          f"instructions: {args.isa}; sgemm on one thread: NumPy {sgemm(np.matmul, np.ones):.0f} "
-          f"GFLOP/s, PyTorch {sgemm(torch.matmul, torch.ones):.0f}")
+          f"instructions: {args.isa}; sgemm on one thread: NumPy "
+          f"{sgemm(np.matmul, np.ones):.0f} GFLOP/s, PyTorch {sgemm(torch.matmul, torch.ones):.0f}")
     images, labels = demo.load_digits(demo.HERE / "data", "train")
+    images, labels = images[:2000], labels[:2000]
     diffusion = td.Diffusion(td.cosine_betas(1000))
     for title, make in NETS.items():
         output, gradient = compare(make)
