@@ -1104,9 +1104,9 @@ class Adam:
         b1, b2 = self.betas
         self.m += (1 - b1) * (grads - self.m)
         self.v += (1 - b2) * (grads * grads - self.v)
-        params -= lr * (self.direction() + decay * params)
+        params -= lr * (self.direction(grads) + decay * params)
 
-    def direction(self):
+    def direction(self, grads):
         """The mean of the gradients, each over the root of its own mean square."""
         b1, b2 = self.betas
         m = self.m / (1 - b1 ** self.n)     # as means that started at 0, both are too small
@@ -1130,10 +1130,11 @@ class Muon(Adam):
                 if name == "top" and len(shape) > 1:
                     self.matrices.append((slice(start, end), (-1, shape[-1])))
 
-    def direction(self):
-        moves = super().direction()
+    def direction(self, grads):
+        moves, b1 = super().direction(grads), self.betas[0]
+        ahead = b1 * self.m + (1 - b1) * grads      # where the mean is going (Nesterov)
         for where, shape in self.matrices:
-            m = orthogonal(self.m[where].reshape(shape))
+            m = orthogonal(ahead[where].reshape(shape))
             # Its mean square is 1 / the longer side; bring it to 0.2, as Adam's often is, so
             # that one learning rate serves both (2502.16982, section 2.2).
             moves[where] = (0.2 * max(m.shape) ** 0.5 * m).ravel()
