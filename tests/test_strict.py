@@ -526,14 +526,19 @@ def test_training(loss, kind, weighting):
 
 
 @pytest.mark.parametrize("options", [
-    dict(accumulate=2, decay=0.1, clip=1e-3, warmup=0),
+    dict(optimizer="muon", decay=0.1), dict(accumulate=2, decay=0.1, clip=1e-3, warmup=0),
     dict(batch=5, threads=2, chunk=2, dropout=0),       # one at a time draws other dropout
-    dict(rng=np.random.PCG64(3), label_drop=1.0)], ids=["accumulate", "threads", "generator"])
+    dict(rng=np.random.PCG64(3), label_drop=1.0)],
+    ids=["muon", "accumulate", "threads", "generator"])
 def test_training_options(options):
+    waits = []
+
     def run():
+        waits.clear()
         rng = np.random.Generator(type(options["rng"])(3)) if "rng" in options else 0
-        return results(*training(2, **options | {"rng": rng}))
+        return results(*training(2, waits, **options | {"rng": rng}))
     same_on_both(run, 1e-11)
+    assert waits[0] and not waits[1], waits
 
 
 def test_the_loss_is_looked_at_every_50_steps():
@@ -590,6 +595,8 @@ SAMPLERS = {
     "ddpm, dynamic threshold": lambda *a: td.ddpm(*a, clip=td.dynamic_threshold),
     "ddim": lambda *a: td.ddim(*a, 5),
     "ddim, eta": lambda *a: td.ddim(*a, 5, 0.5, kind="v", spacing="leading"),
+    "dpm_solver": lambda *a: td.dpm_solver(*a, steps=5, kind="v"),
+    "heun": lambda *a: td.heun(*a, steps=5),
     "ddim, dynamic threshold": lambda *a: td.ddim(*a, 5, clip=td.dynamic_threshold, kind="x0"),
 }
 GUIDED = {
