@@ -37,7 +37,7 @@ def in_torch(diffusion, images, labels, steps, seed):
     torch.manual_seed(seed)
     net = demo.network(seed=seed)
     twin = TorchUNet(net).to(memory_format=torch.channels_last)
-    step = vs_torch.TorchStep(twin, twin, diffusion, images, labels, demo.BATCH)
+    step = vs_torch.TorchStep(twin, twin, diffusion, images, labels, demo.BATCH, muon=True)
     for i in range(steps):
         step(td.learning_rate(i, steps, demo.TRAINING["lr"], 100), i)
         yield lambda: net.twin(twin.flat(net, step.ema))

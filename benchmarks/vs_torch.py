@@ -81,15 +81,17 @@ def ours(make, diffusion, images, labels, batch):
 class TorchStep:
     """The training step of tinyddpm.train, as PyTorch users write it."""
 
-    def __init__(self, net, forward, diffusion, images, labels, batch):
+    def __init__(self, net, forward, diffusion, images, labels, batch, muon=False):
         self.net, self.forward, self.batch = net, forward, batch
         self.images = torch.tensor(images, device=DEVICE)
         self.labels = torch.tensor(labels, device=DEVICE)
         self.abar = torch.tensor(diffusion.abar, dtype=torch.float32, device=DEVICE)
         self.params = list(net.parameters())
         self.ema = [p.detach().clone() for p in self.params]
-        self.adam = torch.optim.AdamW(self.params, betas=(0.9, 0.99), weight_decay=0,
-                                      fused=True)
+        self.matrices = {p: torch.zeros_like(p) for p in net.top.parameters()
+                         if muon and p.ndim > 1}
+        self.adam = torch.optim.AdamW([p for p in self.params if p not in self.matrices],
+                                      betas=(0.9, 0.99), weight_decay=0, fused=True)
 
     def __call__(self, lr=1e-3, n=10 ** 6):
         batch = self.batch
@@ -101,14 +103,30 @@ class TorchStep:
         eps, signal, noise = torch.randn_like(x0), abar.sqrt(), (1 - abar).sqrt()
         out = self.forward(signal * x0 + noise * eps, t, y)
         loss = F.mse_loss(out, signal * eps - noise * x0)
-        self.adam.zero_grad()
+        self.net.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
+        self.muon_step(lr)
         decay = min(demo.TRAINING["ema"], (1 + n) / (10 + n))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
         return loss     # not looked at: that would be waiting for a GPU
+
+
+    @torch.no_grad()
+    def muon_step(self, lr):
+        """As tinyddpm.Muon does."""
+        for p, mean in self.matrices.items():
+            mean.lerp_(p.grad, 0.1)
+            m = torch.lerp(mean, p.grad, 0.1).flatten(1)
+            wide = m if m.shape[0] <= m.shape[1] else m.T
+            wide = wide / (wide.norm() + 1e-12)
+            for _ in range(5):
+                gram = wide @ wide.T
+                wide = 3.4445 * wide - (4.775 * gram - 2.0315 * gram @ gram) @ wide
+            m = wide if m.shape[0] <= m.shape[1] else wide.T
+            p.sub_(0.2 * lr * max(m.shape) ** 0.5 * m.reshape(p.shape))
 
 
 def theirs(make, diffusion, images, labels, batch, channels_last, compiled=False):
