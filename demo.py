@@ -110,13 +110,16 @@ def load_digits(directory, split):
     return images.astype(np.float32) / 127.5 - 1, labels.astype(np.int64)
 
 
+TIMEOUT = 30        # seconds without a byte
+
+
 def download(args):
     """Fetch the full MNIST, 60,000 and 10,000 digits, and check it."""
     args.data.mkdir(parents=True, exist_ok=True)
     for name, digest in MNIST_SHA256.items():
         url, path = args.url.rstrip("/") + f"/{name}.gz", args.data / f"{name}.gz"
         try:
-            with urllib.request.urlopen(url, timeout=30) as reply:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
                 packed = reply.read()
             found = hashlib.sha256(gzip.decompress(packed)).hexdigest()
         except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
@@ -132,12 +135,8 @@ def download(args):
 def write(path, make):
     """make(a temporary path), then rename it: the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")   # the ending says the format
-    try:
-        make(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with td.written(path) as temporary:     # it ends as path does, which says the format
+        make(Path(temporary))
 
 
 # --------------------------------------------------------------------------------- pictures
@@ -232,6 +231,7 @@ def train(args):
         args.out.mkdir(parents=True, exist_ok=True)
         td.save(path, net, state, **settings)
 
+    args.out.mkdir(parents=True, exist_ok=True)     # if that fails, then now, not at the end
     done = state.step if state else 0
     with (Interrupt() as interrupt,
           tqdm(total=steps * batch, initial=done * batch, unit=" images", unit_scale=True,
@@ -277,10 +277,14 @@ def network(image=(28, 28, 1), channels=CHANNELS, classes=10, seed=0):
 def checkpoint(path, to_train=False):
     """What `train` saved: network, State, settings. Another checkpoint is a ValueError."""
     net, state, settings = td.load(path)
-    if not {"steps", "schedule", "T", "kind", "data"} <= settings.keys():
+    names = {"kind", "schedule", "T", "data", "steps"}
+    if state:
+        names |= {"batch", "lr", "seed", "losses"}
+    if not names <= settings.keys():
         raise ValueError(f"{path} is a checkpoint, but not one of this demo's")
     if to_train and state is None:
         raise ValueError(f"{path} holds weights alone, which can draw but not be trained on")
+    td.one_of(f"the schedule in {path}", settings["schedule"], td.SCHEDULES)
     return net, state, settings
 
 
@@ -470,6 +474,9 @@ def bpd(args):
     """Bits per dimension of test digits, given their labels, with the bound's parts."""
     model = trained(args.out)
     images, labels = load_digits(args.data, "t10k")
+    if labels.max() >= model.net.classes:
+        raise ValueError(f"{args.data} has labels up to {labels.max()}; the network knows "
+                         f"0..{model.net.classes - 1}")
     rng = np.random.default_rng(args.seed)
     pick = rng.permutation(len(images))[:args.count]
     parts = np.array_split(pick, -(-len(pick) // 50))
@@ -610,6 +617,7 @@ def load_samples(path, image):
     if x.shape[1:] != image or y.shape != x.shape[:1] or len(x) < 100 or x.dtype.kind != "f":
         raise ValueError(f"{path} has x {x.dtype} {x.shape} and y {y.shape}; they have to be "
                          f"floats (N, *{image}) and labels (N,), with N at least 100")
+    td.within(f"the largest size in x of {path}", td.largest(x), 0, 1.001)
     return x, y
 
 
@@ -735,8 +743,9 @@ def main(words):
     args = top.parse_args(words)
     try:
         args.run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit("demo.py: " + " ".join(str(error).split()))
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"demo.py: {said}")
     except KeyboardInterrupt:
         raise SystemExit("demo.py: stopped")
 

@@ -45,17 +45,19 @@ Papers, by the names used below
     Min-SNR        Hang et al. 2023, 2303.09556               loss weights
     ZeroSNR        Lin et al. 2024, 2305.08891                zero terminal SNR, trailing steps
 """
+import contextlib
 import copy
 import json
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 
-# ------------------------------------------------------------------- backend, and two checks
+# ------------------------------------------------------------------------ backend, and checks
 
 def one_of(name, value, allowed):
     """A ValueError unless value is one of those allowed."""
@@ -65,9 +67,20 @@ def one_of(name, value, allowed):
 
 def whole(name, value):
     """The value, if it is an integer of at least 1; else a ValueError."""
-    if not isinstance(value, (int, np.integer)) or value < 1:
+    if not wholes([value]):
         raise ValueError(f"{name} is {value!r}; it has to be an integer of at least 1")
     return value
+
+
+def wholes(values):
+    """Whether all are integers of at least 1."""
+    return all(isinstance(n, (int, np.integer)) and n >= 1 for n in values)
+
+
+def within(name, value, low, high):
+    """A ValueError unless the value is from low to high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; it has to be from {low} to {high}")
 
 
 def choose_backend(choice=""):
@@ -102,6 +115,8 @@ def asnumpy(a):
 
 def normal(rng, shape, dtype=np.float32):
     """Standard normal noise on the device, where xp computes. rng: a NumPy or CuPy one."""
+    if not hasattr(rng, "standard_normal"):
+        raise ValueError(f"rng is {rng!r}; it has to be a NumPy or CuPy Generator")
     return xp.asarray(rng.standard_normal(shape, dtype=dtype))
 
 
@@ -113,7 +128,7 @@ def checked_betas(betas):
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas have shape {betas.shape}; they have to be (T,) with T >= 1")
-    wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
+    wrong = np.flatnonzero(~((1 - betas < 1) & (betas <= 1)))   # 1 - 1e-17 is 1
     if len(wrong):
         raise ValueError(f"beta_{wrong[0] + 1} of {len(betas)} is {betas[wrong[0]]:.4g}; "
                          "every beta has to be above 0 and at most 1")
@@ -178,6 +193,10 @@ def karras_betas(T, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """abar_t = 1 / (1 + sigma_t^2), sigma being noise over signal; sigma^(1/rho) rises in equal
     steps (EDM eq. 5). EDM made it a sampling grid, from sigma_max down; as a forward process it
     has to ascend."""
+    if not (0 < sigma_min <= sigma_max < math.inf and rho > 0):
+        raise ValueError(f"sigma is from {sigma_min} to {sigma_max}, rho {rho}; they have to "
+                         "be above 0 and to ascend")
+    sigma_min, sigma_max = np.float64([sigma_min, sigma_max])   # for which 1e300 ** 9 is inf
     root = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), whole("T", T))
     sigma = root[::-1] ** rho
     return betas_from_abar(np.concatenate([[1], 1 / (1 + sigma ** 2)]))
@@ -221,6 +240,9 @@ class Diffusion:
         self.alpha = 1 - self.beta
         self.abar = np.cumprod(self.alpha)
         self.T = len(self.beta) - 1
+        if self.abar[-2] < 1e-300:      # so small, it would lose its digits
+            raise ValueError(f"the betas add up to {self.beta.sum():.4g}, so abar_{self.T - 1} "
+                             f"is {self.abar[-2]:.2g}; it has to be at least 1e-300")
         with np.errstate(divide="ignore"):
             self.snr = self.abar / (1 - self.abar)
 
@@ -282,7 +304,8 @@ class Diffusion:
     def score(self, xt, t, eps):
         """The gradient of log q(x_t) that this eps means: -eps / sqrt(1 - abar_t); for the true
         eps, that of log q(x_t | x0), which is normal (DDPM eq. 4)."""
-        return -eps / self._signal_noise(t, xt, eps)[1]
+        _, noise = self._signal_noise(t, xt, eps)
+        return -eps / noise
 
     def loss_weight(self, t, kind, how, gamma=5.0):
         """Factor for the squared error of a prediction of that kind at t; float64, t's shape.
@@ -293,6 +316,7 @@ class Diffusion:
         """
         snr = self.snr[self._checked(t, kind=kind)]
         one_of("how", how, WEIGHTINGS)
+        within("gamma", gamma, 0, math.inf)
         if how == "simple":
             return np.ones_like(snr)
         top = gamma if how == "min_snr" else np.inf
@@ -312,6 +336,7 @@ class Diffusion:
             "total"    their sum
         """
         self._checked(1, x0, kind=kind)
+        within("the largest size in x0", largest(x0), 0, 1.001)
         bits, abar = 1 / math.log(2), float(self.abar[-1])
         prior = 0.5 * bits * float((abar * x0 ** 2 - abar - math.log1p(-abar)).mean())
         kl = np.zeros(self.T + 1)
@@ -339,8 +364,10 @@ class Diffusion:
         """t as an integer or a host array, once it, the arrays and kind are found to fit."""
         one_of("kind", kind, KINDS)
         for a in arrays:
-            if a.shape != arrays[0].shape or a.dtype.kind != "f":
-                given = " and ".join(f"{b.dtype} {b.shape}" for b in arrays)
+            if (not hasattr(a, "dtype") or a.shape != arrays[0].shape or not a.ndim
+                    or a.dtype.kind != "f"):
+                given = " and ".join(f"{getattr(b, 'dtype', type(b).__name__)} {np.shape(b)}"
+                                     for b in arrays)
                 raise ValueError(f"the arrays are {given}; they have to be floats of one shape "
                                  "(B, ...)")
         t = asnumpy(t)
@@ -491,13 +518,15 @@ def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", kind="eps"
 def walk(model, diffusion, x, steps, spacing, kind, clip, step):
     """What the samplers share: check, then go down the steps, predict x0 at each, move on."""
     one_of("kind", kind, KINDS)
-    if steps is None or isinstance(steps, (int, np.integer)):
+    if np.ndim(steps) == 0:
         steps = timesteps(diffusion.T, diffusion.T if steps is None else steps, spacing)
-    route = [int(t) for t in steps] + [0]
-    if (len(route) < 2 or route[:-1] != list(steps) or route[0] > diffusion.T
-            or any(s >= t for t, s in zip(route, route[1:]))):
+    if (not len(steps) or not wholes(steps) or steps[0] > diffusion.T
+            or any(s >= t for t, s in zip(steps, steps[1:]))):
         raise ValueError(f"steps are {list(steps)}; they have to be integers that descend "
                          f"within {diffusion.T}..1")
+    route = [*map(int, steps), 0]
+    if not (clip is None or callable(clip) or len(clip) == 2 and clip[0] < clip[1]):
+        raise ValueError(f"clip is {clip}; it has to be (low, high), None or a function")
 
     def run(x):     # apart, so that the checks above run at the call, not at the first next()
         for t, s in zip(route, route[1:]):
@@ -545,6 +574,13 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
     Without guidance at the highest noise, samples vary more (Interval).
     """
     labels = xp.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype} {labels.shape}; they have to be integers "
+                         "(B,)")
+    if interval and not interval[0] <= interval[1]:
+        raise ValueError(f"interval is {interval}; it has to be (low, high) or None")
+    within("w", w, -1e30, 1e30)
+    within("rescale", rescale, 0, 1)
     nulls = xp.full_like(labels, null)
     if w == 1 or w == 0 and not interval:       # one of the two is not needed
         return lambda x, t: model(x, t, labels if w else nulls)
@@ -560,7 +596,8 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
         out = uncond + weight * (cond - uncond)
         if rescale:
             axes = tuple(range(1, x.ndim))
-            ratio = cond.std(axes, keepdims=True) / out.std(axes, keepdims=True)
+            cond_std, std = (a.std(axes, keepdims=True) + 1e-20 for a in (cond, out))
+            ratio = cond_std / std                  # 1, and not 0/0, where both are flat
             out = out * (rescale * ratio + 1 - rescale)
         return out
     return guided_model
@@ -984,21 +1021,22 @@ class UNet:
         image, channels, attention = tuple(image), tuple(channels), tuple(attention)
         levels = len(channels)
         blocks = (blocks,) * levels if np.ndim(blocks) == 0 else tuple(blocks)
-        if len(image) != 3 or min(image) < 1:
+        if len(image) != 3 or not wholes(image):
             raise ValueError(f"image is {image}; it has to be (height, width, channels)")
-        if not channels or min(channels) < 1 or channels[0] % 2 or channels[0] < 4:
+        if not channels or not wholes(channels) or channels[0] % 2 or channels[0] < 4:
             raise ValueError(f"channels are {channels}; they have to be one number for each "
                              "level, the first even and at least 4")
-        if len(blocks) != levels or not all(isinstance(n, (int, np.integer)) and n >= 1
-                                            for n in blocks):
+        if len(blocks) != levels or not wholes(blocks):
             raise ValueError(f"blocks are {blocks}; they have to be at least 1 at each level")
         for i in attention:
-            if not 0 <= i < levels or channels[i] % whole("heads", heads):
+            if not wholes([i + 1]) or i >= levels or channels[i] % whole("heads", heads):
                 raise ValueError(f"attention is at level {i} with {heads} heads; levels are "
                                  f"0..{levels - 1}, and heads have to divide their {channels}")
-        if classes < 0 or not 0 <= dropout < 1:
-            raise ValueError(f"classes is {classes} and dropout {dropout}; they have to be at "
-                             "least 0, and from 0 to below 1")
+        if not wholes([classes + 1]) or not 0 <= dropout < 1:
+            raise ValueError(f"classes is {classes} and dropout {dropout}; they have to be an "
+                             "integer of at least 0, and from 0 to below 1")
+        if np.dtype(dtype).kind != "f":
+            raise ValueError(f"dtype is {np.dtype(dtype)}; it has to be one of floats")
         self.config = dict(image=image, channels=channels, classes=classes, blocks=blocks,
                            attention=attention, heads=heads, dropout=dropout, fold=fold)
         self.image, self.classes, self.null = image, classes, classes
@@ -1016,10 +1054,16 @@ class UNet:
         y: labels; None is the null label for all. Those on a GPU are not checked, as looking
         at them would be waiting for them. An rng turns dropout on.
         """
-        if x.shape[1:] != self.image:
-            raise ValueError(f"x has shape {x.shape}; it has to be (B, *{self.image})")
+        if x.shape[1:] != self.image or not len(x) or x.dtype.kind in "biu":
+            raise ValueError(f"x is {x.dtype} {x.shape}; it has to be floats of shape "
+                             f"(B, *{self.image}), with B at least 1")
         y = self.null if y is None else checked_labels(y, self.null)
-        t, y = (xp.broadcast_to(xp.asarray(a), len(x)) for a in (t, y))
+        t, y = xp.asarray(t), xp.asarray(y)
+        for name, a in (("t", t), ("y", y)):
+            if a.dtype.kind not in "iu" or a.shape not in ((), x.shape[:1]):
+                raise ValueError(f"{name} is {a.dtype} {a.shape}; it has to be one integer, or "
+                                 f"{len(x)}, one for each image")
+        t, y = (xp.broadcast_to(a, len(x)) for a in (t, y))
         p, g = self.params, self.grads
         emb, embed_back = embed(p, t, y)
         h, stem_back = conv3x3(p.stem, self._enter(x))
@@ -1065,17 +1109,19 @@ def checked_labels(y, null):
     if not hasattr(y, "get"):
         y = np.asarray(y)
         if y.dtype.kind not in "iu" or not np.all((0 <= y) & (y <= null)):
-            raise ValueError(f"labels are {y.dtype} from {y.min()} to {y.max()}; they have to "
-                             f"be integers of 0..{null}, {null} being none")
+            given = f" from {y.min()} to {y.max()}" if y.dtype.kind in "iu" else ""
+            raise ValueError(f"labels are {y.dtype}{given}; they have to be integers of "
+                             f"0..{null}, {null} being none")
     return y
 
 
 def parallel(model, threads, chunk=16):
     """The same model, its batch cut into chunks that are shared among threads."""
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(whole("threads", threads))
+    whole("chunk", chunk)
 
     def model_in_parts(*arrays):
-        cuts = [slice(i, i + chunk) for i in range(0, len(arrays[0]), chunk)]
+        cuts = [slice(i, i + chunk) for i in range(0, len(arrays[0]) or 1, chunk)]
         outs = pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)
         return xp.concatenate(list(outs))
     return model_in_parts
@@ -1196,8 +1242,8 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
     images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers, replaced by the null label at
     a rate of label_drop. rng: a NumPy Generator or a seed. loss: "l2", "l1" or "huber", times
     diffusion.loss_weight(t, kind, weighting). optimizer: "adamw" or "muon", with their betas
-    and decay. lr, warmup: see learning_rate. clip: the gradient's largest norm. ema: the EMA's decay. accumulate: batches to a
-    step.
+    and decay. lr, warmup: see learning_rate. clip: the gradient's largest norm. ema: the EMA's
+    decay. accumulate: batches to a step.
 
     On a CPU each batch is cut over threads, and each part worked through chunk images at a
     time, so that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1).
@@ -1209,10 +1255,19 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
     one_of("kind", kind, KINDS)
     one_of("weighting", weighting, WEIGHTINGS)
     one_of("optimizer", optimizer, OPTIMIZERS)
-    for name, n in {"batch": batch, "accumulate": accumulate, "threads": threads,
-                    "chunk": chunk}.items():
+    for name, n in {"steps": steps, "batch": batch, "accumulate": accumulate,
+                    "threads": threads, "chunk": chunk}.items():
         whole(name, n)
+    for name, value, high in (("lr", lr, 1000), ("decay", decay, 1000), ("ema", ema, 1),
+                              ("label_drop", label_drop, 1), ("warmup", warmup, math.inf),
+                              ("clip", clip, math.inf)):
+        within(name, value, 0, high)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are {betas}; they have to be two numbers from 0 to below 1")
     images, labels = training_data(net, images, labels)
+    if state and state.ema.flat.shape != net.params.flat.shape:
+        raise ValueError(f"state is of {state.ema.flat.size} parameters; it has to be of the "
+                         f"network's {net.params.flat.size}")
     state = state or State(OPTIMIZERS[optimizer](net.params, betas), EMA(net.params.flat, ema),
                            np.random.default_rng(rng))
     rng, on_cpu = state.rng, xp is np
@@ -1272,9 +1327,9 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
 def training_data(net, images, labels):
     """The images on the device and the labels on the host, once they are found to fit."""
     images = xp.asarray(images, net.params.flat.dtype)
-    largest = float(abs(images).max()) if images.size else math.nan
-    if images.shape[1:] != net.image or not largest < 1.001:
-        raise ValueError(f"images have shape {images.shape} and sizes up to {largest:.4g}; "
+    size = largest(images)
+    if images.shape[1:] != net.image or not size < 1.001:
+        raise ValueError(f"images have shape {images.shape} and sizes up to {size:.4g}; "
                          f"they have to be (N, *{net.image}) with values from -1 to 1")
     if (labels is None) != (net.classes == 0):
         raise ValueError(f"labels are {'missing' if labels is None else 'given'}, and the "
@@ -1284,6 +1339,11 @@ def training_data(net, images, labels):
         raise ValueError(f"labels have shape {labels.shape}; they have to be {len(images)} "
                          "integers, one for each image")
     return images, checked_labels(labels, net.null)
+
+
+def largest(images):
+    """The largest absolute value, or NaN where there is none."""
+    return float(abs(images).max()) if images.size else math.nan
 
 
 FORMAT = "tinyddpm checkpoint 1"
@@ -1310,16 +1370,39 @@ def save(path, net, state=None, **settings):
     for name, a in arrays.items():
         if not np.isfinite(a).all():
             raise ValueError(f"{name} is not finite everywhere; {path} was left as it was")
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    with written(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, meta=json.dumps(meta, default=plain), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def written(path):
+    """A temporary name beside path, to write to; in the end it is renamed, so that path is
+    whole, or as it was. What a killed process left under such a name is removed first."""
+    folder, name = os.path.split(os.path.abspath(path))
+    for other in os.listdir(folder):
+        by = re.fullmatch(rf"\.(\d+)-{re.escape(name)}", other)
+        if by and not os.path.exists(f"/proc/{by[1]}"):     # on Linux, a living one's stays
+            with contextlib.suppress(FileNotFoundError):    # somebody else was faster
+                os.unlink(os.path.join(folder, other))
+    temporary = os.path.join(folder, f".{os.getpid()}-{name}")
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, meta=json.dumps(meta, default=np.ndarray.tolist), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)      # a full disk names none
+        raise
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def plain(a):
+    """A number or an array of NumPy's, as JSON can hold it."""
+    if not isinstance(a, (np.generic, np.ndarray)):
+        raise TypeError(f"{a!r} is a {type(a).__name__}, which JSON cannot hold")
+    return a.tolist()
 
 
 def load(path):
@@ -1329,20 +1412,25 @@ def load(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays.pop("meta")))
-        known = meta["format"] == FORMAT and set(meta["arrays"]) == set(arrays)
+        if meta["format"] == FORMAT and set(meta["arrays"]) == set(arrays):
+            return restored(meta, arrays)
     except FileNotFoundError:
         raise
     except Exception as error:      # a damaged archive fails in many ways
         raise ValueError(f"{path} is not a tinyddpm checkpoint, or it is damaged "
                          f"({type(error).__name__}: {str(error)[:100]})") from error
-    if not known:
-        raise ValueError(f"{path} has the format {meta['format']!r}, or arrays are missing; "
-                         f"this version reads {FORMAT!r}")
+    raise ValueError(f"{path} has the format {meta['format']!r}, or arrays are missing; this "
+                     f"version reads {FORMAT!r}")
+
+
+def restored(meta, arrays):
+    """The network, the State and the settings that were in a file."""
     net = UNet(**meta["net"], dtype=arrays["params"].dtype)
+    flat = net.params.flat
     for name, a in arrays.items():
-        if a.shape != net.params.flat.shape:
-            raise ValueError(f"{path} does not fit together: {name} has shape {a.shape}, and "
-                             f"the network {net.params.flat.size} parameters")
+        if (a.shape, a.dtype) != (flat.shape, flat.dtype) or not np.isfinite(a).all():
+            raise ValueError(f"{name} has {a.size} {a.dtype}; the network needs {flat.size} "
+                             f"finite {flat.dtype}")
     arrays = {name: xp.asarray(a) for name, a in arrays.items()}
     net.params.flat[:] = arrays["params"]
     if "state" not in meta:
