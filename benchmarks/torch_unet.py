@@ -85,15 +85,27 @@ class Level(nn.Module):
         return x
 
 
+def fold(x):
+    """2x2 pixels into channels, all channels of one pixel before those of the next;
+    pixel_unshuffle has all pixels of one channel before those of the next."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+
+
+def unfold(x):
+    return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
+
+
 class TorchUNet(nn.Module):
-    """The PyTorch twin of a td.UNet without folding, its image sides halving evenly."""
+    """The PyTorch twin of a td.UNet without dropout."""
 
     def __init__(self, net):
         super().__init__()
-        assert not net.fold and not net.dropout
-        assert all(side % net.multiple == 0 for side in net.image[:2])
-        p = net.params
-        self.width, self.null = len(p.time1.w), net.null
+        assert not net.dropout
+        p, half = net.params, len(net.params.time1.w) // 2
+        self.null, self.fold, (H, W) = net.null, net.fold, net.image[:2]
+        self.sides, self.pad = (H, W), (0, -W % net.multiple, 0, -H % net.multiple)
+        powers = torch.arange(half, dtype=torch.float64) / (half - 1)
+        self.register_buffer("frequency", 10000 ** -powers)
         self.time1, self.time2 = linear(p.time1), linear(p.time2)
         if net.classes:
             self.label = nn.Embedding.from_pretrained(tensor(p.label), freeze=False)
@@ -101,14 +113,16 @@ class TorchUNet(nn.Module):
         self.norm, self.out = norm(p.norm), conv(p.out)
 
     def forward(self, x, t, y):
-        half = self.width // 2
-        i = torch.arange(half, device=t.device)
-        frequency = torch.exp(i * (-math.log(10000) / (half - 1)))
-        angle = t[:, None] * frequency.to(x)
-        h = self.time2(F.silu(self.time1(torch.cat([angle.sin(), angle.cos()], 1))))
+        angle = t[:, None] * self.frequency     # in float64, as 1000 radians need it
+        h = self.time1(torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype))
+        h = self.time2(F.silu(h))
         emb = F.silu(h + self.label(y) if hasattr(self, "label") else h)
-        h = self.top(self.stem(x.permute(0, 3, 1, 2)), emb)
-        return self.out(F.silu(self.norm(h))).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)
+        x = F.pad(x, self.pad) if any(self.pad) else x
+        h = self.top(self.stem(fold(x) if self.fold else x), emb)
+        h = self.out(F.silu(self.norm(h)))
+        h = unfold(h) if self.fold else h
+        return h[..., :self.sides[0], :self.sides[1]].permute(0, 2, 3, 1)
 
     def gradients(self, net):
         """What backward() found, in the order of net.grads.flat."""

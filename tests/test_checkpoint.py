@@ -68,6 +68,7 @@ def plain(tmp_path_factory):
 def test_a_run_comes_back_whole(dtype, optimizer, tmp_path):
     net = td.UNet(**CONFIG, dtype=dtype)
     state = after(net, 3, ema=0.9, optimizer=optimizer)
+    state.adam.eps = 1e-5                               # not Adam's own
     td.save(tmp_path / "a", net, state, schedule="cosine", T=1000, clip=[-1, 1], w=None)
     again, its_state, settings = td.load(tmp_path / "a")        # the name is left as it is
     assert again.config == net.config == CONFIG
@@ -282,6 +283,20 @@ def test_a_save_that_fails_leaves_the_old_file(saved, module, name, broken, monk
     with pytest.raises(OSError):
         td.save(path, net, state)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_all_is_written_before_it_is_synced(saved, monkeypatch):
+    """Else the file renamed could be a part of it, after a loss of power."""
+    path, net, state = saved
+    synced = []
+
+    def look(_):
+        [temporary] = path.parent.glob(f".*-{path.name}")
+        synced.append(zipfile.is_zipfile(temporary))
+        assert path.exists()                            # the old one: not yet replaced
+    monkeypatch.setattr(td.os, "fsync", look)
+    td.save(path, net, state)
+    assert synced == [True]
 
 
 def test_a_save_replaces_the_old_file(saved):

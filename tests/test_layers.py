@@ -318,6 +318,17 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
     assert np.array_equal(back(np.ones((n, 1))), y)     # the same ones come back, scaled alike
 
 
+@pytest.mark.parametrize("rate", [0.125, 0.5, 0.875])
+def test_dropout_zeroes_exactly_its_share_of_even_draws(rate):
+    """Generators draw from [0, 1), 0 included and 1 not: the edge belongs to what stays."""
+    class Even:
+        def random(self, shape, dtype):
+            n = math.prod(shape)
+            return (np.arange(n) / n).astype(dtype).reshape(shape)
+    y, _ = td.dropout(np.ones((8, 1)), rate, Even())
+    assert (y == 0).mean() == rate
+
+
 @pytest.mark.parametrize("rate, rng", [(0.5, None), (0, np.random.default_rng(0))])
 def test_dropout_off(rate, rng):
     x = np.random.default_rng(0).standard_normal((2, 3))
@@ -461,6 +472,13 @@ def test_res_block_drops_out_before_its_last_product():
     y, back = td.res_block(p, x, emb, lambda h: (0 * h, lambda dy: 0 * dy))
     close(y, x + p.conv2.b)
     assert np.array_equal(back(y, g, np.zeros_like(emb)), y)    # nothing but the skip is left
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sum_rows(dtype):
+    a = np.random.default_rng(0).integers(-9, 9, (2, 3, 4, 5)).astype(dtype)
+    total = td.sum_rows(a)
+    assert total.dtype == dtype and np.array_equal(total, a.sum((0, 1, 2)))
 
 
 @every_layer

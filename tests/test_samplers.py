@@ -259,8 +259,9 @@ def test_second_order_samplers_start_from_zero_snr(sampler):
     step, which is the ODE's solution; Heun's turn by half a right angle is not exact."""
     betas = zero_terminal_snr(linear_betas(1000))
     x0, x = np.full((2, 1), 0.7), np.array([[0.0], [2.0]])
-    walk = sampler(lambda x, t: x0, Diffusion(betas), x, steps=50, kind="x0")
-    (_, first), *_, (_, end) = walk
+    with np.errstate(all="raise"):
+        walk = sampler(lambda x, t: x0, Diffusion(betas), x, steps=50, kind="x0")
+        (_, first), *_, (_, end) = walk
     abar_s = abar_of(betas)[980]
     same(first, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * x,
          atol=1e-9 if sampler is dpm_solver else 1e-3)
@@ -331,6 +332,12 @@ def test_ddpm_takes_all_steps_unless_told():
     assert [t for t, _ in run(ddpm)] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
+@pytest.mark.parametrize("sampler, steps", [(ddim, 50), (dpm_solver, 20), (heun, 10)])
+def test_the_others_take_so_many_unless_told(sampler, steps):
+    assert [t for t, _ in run(sampler, betas=linear_betas(100))] == [
+        *timesteps(100, steps)[1:], 0]
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_samplers_take_the_spacing_asked_for(spacing):
     expected = [*timesteps(10, 3, spacing)[1:], 0]
@@ -399,6 +406,7 @@ def test_ddim_needs_a_rng_only_for_noise():
     assert np.array_equal(sample(ddim(squash, d, x, steps=5)),
                           sample(ddim(squash, d, x, np.random.default_rng(0), steps=5)))
     refused("rng is None", ddim, squash, d, x, steps=5, eta=0.1)
+    refused("rng is None", ddpm, squash, d, x, None)            # which always has noise
 
 
 # ------------------------------------------------------------------------------------ clipping
@@ -427,6 +435,13 @@ def test_ddpm_puts_the_clipped_x0_in_the_posterior():
     of_x = (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
     z = np.random.default_rng(0).standard_normal((2, 1))
     same(got, of_x0 * np.sign(x) + of_x * x + ((1 - abar_s) / (1 - abar) * beta) ** 0.5 * z)
+
+
+@any_sampler
+def test_clip_is_from_minus_1_to_1_unless_told(name):
+    x0 = np.array([[3, -9, 0.5]] * 2)
+    _, got = run(ALL[name], lambda x, t: x0, steps=3, kind="x0")[-1]
+    same(got, [[1, -1, 0.5]] * 2)
 
 
 @pytest.mark.parametrize("clip, end", [

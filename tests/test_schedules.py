@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from common import SPACINGS, abar_of, refused
-from tinyddpm import (SCHEDULES, Diffusion, cosine_betas, karras_betas, linear_betas,
-                      quadratic_betas, scaled_linear_betas, sigmoid_betas, sqrt_betas,
-                      timesteps, zero_terminal_snr)
+from tinyddpm import (SCHEDULES, Diffusion, checked_betas, cosine_betas, karras_betas,
+                      linear_betas, quadratic_betas, scaled_linear_betas, sigmoid_betas,
+                      sqrt_betas, timesteps, zero_terminal_snr)
 
 lengths = st.integers(1, 300)
 ends = st.tuples(st.floats(1e-5, 0.5), st.floats(1e-5, 0.5))
@@ -151,6 +151,15 @@ def test_karras_ascends(T, low, high, rho):
     same(abar_of(karras_betas(T, low, high, rho))[1:], 1 / (1 + np.array(edm[::-1]) ** 2))
 
 
+@pytest.mark.parametrize("schedule, paper", [
+    *[(schedule, dict(start=1e-4, end=0.02)) for schedule in (
+        linear_betas, scaled_linear_betas, quadratic_betas, sigmoid_betas)],
+    (cosine_betas, dict(s=0.008, max_beta=0.999)), (sqrt_betas, dict(s=1e-4, max_beta=0.999)),
+    (karras_betas, dict(sigma_min=0.002, sigma_max=80, rho=7))])
+def test_unless_told_the_numbers_are_the_papers(schedule, paper):
+    assert np.array_equal(schedule(50), schedule(50, **paper))
+
+
 # --------------------------------------------------------------------------- zero terminal SNR
 
 @given(betas=beta_lists)
@@ -181,9 +190,21 @@ def test_zero_terminal_snr_needs_two_steps():
 @pytest.mark.parametrize("betas, given_text", [
     ([0.1, 0.0, 0.2], "beta_2 of 3 is 0"), ([-0.1], "beta_1 of 1 is -0.1"),
     ([0.1, 1.5], "beta_2 of 2 is 1.5"), ([0.1, 0.2, float("nan")], "beta_3 of 3 is nan"),
-    ([[0.1, 0.2]], "(1, 2)"), ([], "(0,)"), (0.1, "()")])
+    ([[0.1, 0.2]], "(1, 2)"), ([], "(0,)"), (0.1, "()"),
+    ([0.1, 1.0, 0.2], "beta_2 of 3 is 1"), ([1.0, 0.1], "beta_1 of 2 is 1"),
+    ([0.1, 0.2, 1.0, 1.0], "beta_3 of 4 is 1")])
 def test_bad_betas(takes_betas, betas, given_text):
     refused(given_text, takes_betas, betas)
+
+
+@pytest.mark.parametrize("betas", [np.float32([0.1, 0.3, 0.4]), [1]])
+def test_betas_are_computed_with_as_float64(betas):
+    """In float32 the product of a thousand factors near 1 would be off in the fifth digit."""
+    exact = np.asarray(betas, np.float64)
+    assert checked_betas(betas).dtype == np.float64
+    assert np.array_equal(Diffusion(betas).abar, Diffusion(exact).abar)
+    if len(betas) > 1:
+        assert np.array_equal(zero_terminal_snr(betas), zero_terminal_snr(exact))
 
 
 @every_schedule

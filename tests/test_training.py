@@ -170,6 +170,25 @@ def test_ema_warms_up():
     assert ema.n == 30
 
 
+def test_adam_and_ema_unless_told():
+    """Betas of 0.9 and 0.999, eps 1e-8, no decay. A mean of many steps keeps 0.999."""
+    params, told = np.ones(2), np.ones(2)
+    one, other = td.Adam(params), td.Adam(told, betas=(0.9, 0.999), eps=1e-8)
+    for gradient in np.array([[1.0, 1e-8], [-3.0, 0.0], [0.5, 1e-8]]):
+        one.step(params, gradient, 0.1)
+        other.step(told, gradient, 0.1, decay=0.0)
+    assert np.array_equal(params, told)
+    ema = td.EMA(np.zeros(1))
+    ema.n = 10 ** 6
+    ema.step(np.ones(1))
+    close(ema.flat, [0.001])
+
+
+def test_a_state_before_its_first_step():
+    state = td.State(td.Adam(np.ones(1)), td.EMA(np.ones(1)), np.random.default_rng(0))
+    assert state.step == state.lr == 0 and math.isnan(state.loss)
+
+
 def test_ema_does_not_share_memory():
     params = np.ones(2)
     ema = td.EMA(params)
@@ -240,6 +259,8 @@ def test_one_picture_is_learned_by_heart():
         net, DIFFUSION, image, steps=300, batch=16, kind="x0", lr=1e-2, warmup=10)]
     assert abs(losses[0] - 1) < 1e-6                    # the first answer is 0, the pixels +-1
     assert np.mean(losses[-20:]) < 1e-3
+    noisy = DIFFUSION.q_sample(image, 10, np.random.default_rng(1).standard_normal(image.shape))
+    close(net(noisy.astype(np.float32), 10), image, 0.2)        # and not its negative
 
 
 @pytest.mark.parametrize("threads, chunk", [(1, 3), (2, 8), (2, 3), (3, 1), (1, 100)])
@@ -266,6 +287,13 @@ def test_every_thread_drops_out_other_units():
         assert len(set(once)) == len(once) == 24
         assert once == drawn(threads=threads, rng=0)
         assert not set(once) & set(drawn(threads=threads, rng=1))
+
+
+def test_dropout_does_not_come_round_again():
+    """Each batch has a seed of its own out of very many: a hundred are all different."""
+    stub = Stub()
+    trained(stub, steps=100, batch=1)
+    assert len(set(stub.drawn)) == 100
 
 
 def test_two_batches_accumulated_are_one_of_twice_the_size():
@@ -309,8 +337,10 @@ def test_training_moves_by_the_learning_rate():
 @pytest.mark.parametrize("clip, factor", [(1.0, 0.2), (4.0, 0.8), (5.5, 1), (math.inf, 1)])
 def test_clipping_by_the_norm_of_the_whole_gradient(clip, factor):
     """The gradient (3, 0, -4) has norm 5. Adam's first moment is a tenth of what it gets."""
-    state = trained(Stub((3.0, 0.0, -4.0)), steps=1, batch=8, clip=clip)
-    close(state.adam.m / 0.1, factor * np.array([3, 0, -4]))
+    for size in 1, 1e-3:
+        slope = size * np.array([3.0, 0.0, -4.0])
+        state = trained(Stub(slope), steps=1, batch=8, clip=size * clip)
+        close(state.adam.m / 0.1 / size, factor * np.array([3, 0, -4]))
 
 
 def test_decay_and_ema_reach_their_places():
@@ -322,6 +352,11 @@ def test_decay_and_ema_reach_their_places():
                               ema=0.05))
     close(stub.params.flat, 1 - first.lr * 0.5)
     close(first.ema.flat, 0.05 * 1 + 0.95 * stub.params.flat)
+
+
+def test_betas_reach_adam():
+    state = trained(Stub((3.0,)), steps=1, batch=8, betas=(0.75, 0.5), clip=math.inf)
+    close([state.adam.m[0], state.adam.v[0]], [0.25 * 3, 0.5 * 9])
 
 
 def test_each_batch_covers_the_steps_evenly():
@@ -361,6 +396,25 @@ def test_labels_are_all_kept_or_all_dropped(drop, null):
     assert all(((y == 3) == null).all() for _, _, y in stub.asked)
 
 
+def test_at_the_edge_of_what_can_be_drawn():
+    """A generator may draw 0: at a rate of 0 no label is dropped even then. Noise is drawn in
+    the pictures' type; in float32, its tails would be those of float32."""
+    class Zeros(Streams):
+        def random(self, size):
+            return np.zeros(size)
+
+        def standard_normal(self, shape, dtype):
+            types.append(dtype)
+            return np.zeros(shape, dtype)
+    for dtype in (np.float32, np.float64):
+        stub, types = Stub(classes=3), []
+        stub.params.flat = stub.params.flat.astype(dtype)
+        state = td.State(td.Adam(stub.params.flat), td.EMA(stub.params.flat), Zeros())
+        trained(stub, data()[1], label_drop=0, steps=1, state=state)
+        assert all((y < 3).all() for _, _, y in stub.asked)
+        assert types == [dtype]
+
+
 def test_a_seed_and_its_generator_are_the_same():
     flats = []
     for rng in (5, 5, np.random.default_rng(5), 6):
@@ -369,6 +423,17 @@ def test_a_seed_and_its_generator_are_the_same():
         flats.append(net.params.flat)
     assert np.array_equal(flats[0], flats[1]) and np.array_equal(flats[0], flats[2])
     assert not np.array_equal(flats[0], flats[3])
+
+
+def test_training_unless_told():
+    """Every option that changes the result, left out and given; to the bit."""
+    told = dict(rng=0, batch=64, kind="v", loss="l2", weighting="simple", lr=2e-3, warmup=100,
+                betas=(0.9, 0.99), decay=0.0, clip=1.0, ema=0.999, label_drop=0.1, accumulate=1)
+    nets = small(), small()
+    states = [trained(net, data()[1], **options) for net, options in zip(nets, ({}, told))]
+    assert np.array_equal(nets[0].params.flat, nets[1].params.flat)
+    assert np.array_equal(states[0].ema.flat, states[1].ema.flat)
+    assert states[0].ema.decay == 0.999 and states[0].loss == states[1].loss
 
 
 # ----------------------------------------------------------------------------------- refusals
@@ -396,6 +461,7 @@ def test_a_loss_that_is_not_finite_stops(value, slope, monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (dict(images=127.5 * data()[0] + 127.5), r"sizes up to 2\d\d"),
     (dict(images=data()[0].astype(int) + 255), "sizes up to 25"),
+    (dict(images=2 * data()[0]), r"sizes up to 1\.\d"),
     (dict(images=data()[0][..., 0]), r"\(5, 2, 3\).*\*\(2, 3, 1\)"),
     (dict(images=data()[0][0]), r"\(2, 3, 1\)"),
     (dict(images=data()[0][:0], labels=data()[1][:0]), r"shape \(0, 2, 3, 1\)"),
@@ -406,13 +472,25 @@ def test_a_loss_that_is_not_finite_stops(value, slope, monkeypatch):
     (dict(labels=data()[1] - 3), r"labels.* from -3 .*0\.\.3"),
     (dict(loss="L2"), "loss is 'L2'.*'l1'"), (dict(kind="score"), "kind is 'score'.*'eps'"),
     (dict(weighting="p2"), "weighting is 'p2'.*'min_snr'"),
-    (dict(optimizer="sgd"), "optimizer is 'sgd'.*'muon'")])
+    (dict(optimizer="sgd"), "optimizer is 'sgd'.*'muon'"),
+    (dict(batch=0), "batch is 0"),
+    (dict(accumulate=0), "accumulate is 0"), (dict(threads=1.5), "threads is 1.5"),
+    (dict(chunk=-1), "chunk is -1")])
 def test_bad_input(changes, message):
-    """A ValueError that says what was given and what is wanted."""
-    images, labels = data()
-    options = dict(images=images, labels=labels, steps=1) | changes
+    """A ValueError that says what was given and what is wanted, before anything is drawn."""
+    (images, labels), rng = data(), np.random.default_rng(0)
+    options = dict(images=images, labels=labels, steps=1, rng=rng) | changes
     with pytest.raises(ValueError, match=message):
         next(td.train(small(), DIFFUSION, **options))
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, int])
+def test_pictures_are_shown_in_the_network_s_type(dtype):
+    """Whatever theirs is; else every product would be promoted."""
+    stub = Stub()                                       # its parameters are float64
+    trained(stub, images=np.ones((2, *IMAGE), dtype), steps=1)
+    assert {x.dtype for x, _, _ in stub.asked} == {np.dtype(np.float64)}
 
 
 def test_labels_for_a_network_without_classes():

@@ -151,6 +151,16 @@ def test_layout_says_what_the_network_has():
     assert "label" not in [name for name, _ in arrays(td.UNet(**SMALL | {"classes": 0}).params)]
 
 
+def test_unless_told_it_is_a_network_for_digits():
+    """Of 28x28 pixels in ten classes; its parameters are float32, the same every time."""
+    net = td.UNet()
+    assert net.config == dict(image=(28, 28, 1), channels=(32, 64), classes=10, blocks=(1, 1),
+                              attention=(), heads=4, dropout=0.0, fold=False)
+    assert net.params.label.shape == (11, 128)          # the null label's row is the last
+    assert net.params.flat.dtype == np.float32
+    assert np.array_equal(net.params.flat, td.UNet(rng=0).params.flat)
+
+
 @pytest.mark.parametrize("blocks, each", [
     (1, (1, 1, 1)), (2, (2, 2, 2)), ((3, 1, 2), (3, 1, 2)), ([1, 2, 3], (1, 2, 3))])
 def test_blocks_of_each_level(blocks, each):
@@ -168,14 +178,17 @@ def test_blocks_of_each_level(blocks, each):
 
 
 def test_deviations_at_the_start():
-    """(9 C)^-1/2 for a kernel, C^-1/2 for a product, 0 for biases and last products."""
+    """(9 C)^-1/2 for a kernel, C^-1/2 for a product, 1 for the labels' table; 0 for biases and
+    last products."""
     net = td.UNet(channels=(32, 64), attention=(1,))
     p = net.params.top.below.enter[0]
     for a, fan in [(p.conv1.w, 9 * 32), (p.film.w, 128), (p.attention.qkv.w, 64),
-                   (p.skip.w, 32)]:
+                   (p.skip.w, 32), (net.params.label, 1)]:
         assert abs(a.std() * fan ** 0.5 - 1) < 0.05
-    zero = [p.conv2.w, p.attention.out.w, net.params.out.w, p.conv1.b, p.norm1.scale]
-    assert not any(a.any() for a in zero)
+    zero = [p.conv2.w, p.attention.out.w, net.params.out.w]
+    zero += [a for name, a in arrays(net.params)
+             if name.rsplit(".")[-1] in ("b", "scale", "shift")]
+    assert len(zero) > 30 and not any(a.any() for a in zero)
 
 
 def test_same_seed_same_network():
