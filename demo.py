@@ -41,7 +41,7 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 CHANNELS = (64, 128, 128) if ON_GPU else (16, 32, 64)
 STEPS, BATCH = (6000, 128) if ON_GPU else (1900, 64)
 TRAINING = dict(kind="v", optimizer="muon", lr=1.2e-2, ema=0.995)
-DRAWING = dict(sampler="ddim", steps=50, eta=1.0, guidance=1.6)
+DRAWING = dict(sampler="ddim", steps=20, eta=0.6, guidance=1.6)
 GUIDED_BELOW = 0.8      # guidance above w = 1 waits until t has come down to this share of T
 SCHEDULE, T = "cosine", 1000
 SAMPLERS = {"ddpm": td.ddpm, "ddim": td.ddim, "dpm_solver": td.dpm_solver, "heun": td.heun}
