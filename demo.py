@@ -173,8 +173,10 @@ def sheet(path, images, columns=(), rows=(), cell=0.6):
 
 
 def keep(figure, path):
-    write(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
-    plt.close(figure)
+    try:
+        write(path, lambda temporary: figure.savefig(temporary, dpi=130, bbox_inches="tight"))
+    finally:
+        plt.close(figure)
     print(f"wrote {path}")
 
 
@@ -315,7 +317,7 @@ class Model:
     """A network ready to draw, its diffusion, and what it predicts."""
 
     def __init__(self, net, diffusion, kind):
-        threads, chunk = (1, 500) if ON_GPU else (THREADS, 16)
+        threads, chunk = (1, 500) if ON_GPU else (THREADS, 32)
         self.net, self.diffusion, self.kind = net, diffusion, kind
         self.model = td.parallel(net, threads, chunk)
 

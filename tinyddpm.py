@@ -1115,13 +1115,16 @@ def checked_labels(y, null):
     return y
 
 
-def parallel(model, threads, chunk=16):
-    """The same model, its batch cut into chunks that are shared among threads."""
+def parallel(model, threads, chunk=32):
+    """The same model, its batch cut into equal parts of at most chunk images, as many for each
+    thread."""
     pool = ThreadPoolExecutor(whole("threads", threads))
     whole("chunk", chunk)
 
     def model_in_parts(*arrays):
-        cuts = [slice(i, i + chunk) for i in range(0, len(arrays[0]) or 1, chunk)]
+        n = len(arrays[0])
+        parts = min(n, threads * -(-n // (threads * chunk))) or 1
+        cuts = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
         outs = pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)
         return xp.concatenate(list(outs))
     return model_in_parts

@@ -663,7 +663,7 @@ def test_the_average_draws_and_not_the_last_step(trained):
 
 @pytest.mark.parametrize("command", ["sample", "score"])
 def test_ddpm_takes_all_steps_by_itself(command, trained, sheets, monkeypatch, stub):
-    """As --help says: 50 with DDIM, all of them with DDPM; --steps has the last word."""
+    """As --help says: 20 with DDIM, all of them with DDPM; --steps has the last word."""
     asked = []
 
     def frames(model, labels, seed, sampler, steps, eta, guidance):
@@ -673,7 +673,7 @@ def test_ddpm_takes_all_steps_by_itself(command, trained, sheets, monkeypatch, s
     monkeypatch.setattr(demo.Model, "frames", frames)
     for words in ("ddim", "ddpm", "ddim --steps 7", "ddpm --steps 7"):
         run(command, "--sampler", *words.split(), "--count", "100", "--out", trained)
-    assert list(dict.fromkeys(asked)) == [("ddim", 50), ("ddpm", 100), ("ddim", 7), ("ddpm", 7)]
+    assert list(dict.fromkeys(asked)) == [("ddim", 20), ("ddpm", 100), ("ddim", 7), ("ddpm", 7)]
 
 
 def test_speed(trained, capsys):
@@ -745,6 +745,33 @@ def test_bpd(trained, data, capsys):
                                          images[pick], rng, "v")
     assert total == pytest.approx(float(bound["total"]), abs=6e-4)
     assert plt.imread(trained / "bpd.png").ndim == 3
+
+
+# ------------------------------------------------------------------------ weights to draw with
+
+def test_export_holds_the_average_in_half_the_bytes(trained, tmp_path):
+    """float16 of the EMA, and no State. Drawing computes in float32 with it."""
+    path = tmp_path / "weights" / "some.npz"
+    run("export", "--out", trained, "--weights", path)
+    _, state, _ = td.load(trained / "model.npz")
+    net, none, settings = td.load(path)
+    assert none is None and net.params.flat.dtype == np.float16
+    assert np.array_equal(net.params.flat, state.ema.flat.astype(np.float16))
+    assert settings["kind"] == "v" and "losses" not in settings
+    (tmp_path / "model.npz").write_bytes(path.read_bytes())
+    model = demo.trained(tmp_path)
+    assert model.net.params.flat.dtype == model.draw(np.arange(2), 0, steps=2).dtype == "f4"
+    assert "weights alone" in complaint("train", "--out", tmp_path)
+
+
+def test_before_training_the_weights_in_the_repository_draw(tmp_path, monkeypatch, capsys):
+    """They are small, and digits; but only where no other --out was asked for."""
+    monkeypatch.chdir(tmp_path)
+    assert demo.WEIGHTS.stat().st_size < 2e6
+    run("sample", "--count", "10")
+    assert "the weights that come with the demo" in capsys.readouterr().out
+    assert plt.imread(tmp_path / "out" / "sample.png").std() > 0.1
+    assert "other" in complaint("sample", "--out", "other")
 
 
 # ------------------------------------------------------------- the classifier and the scores
