@@ -270,7 +270,7 @@ def train(args):
 
 
 def network(image=(28, 28, 1), channels=CHANNELS, classes=10, seed=0):
-    """The demo's: at the lowest level, where the picture is smallest, more blocks, and attention."""
+    """The demo's: more blocks, and attention, at the lowest level, where a picture is small."""
     lowest = len(channels) - 1
     return td.UNet(image=image, channels=channels, classes=classes, heads=1, rng=seed,
                    blocks=(1,) * lowest + (2,), attention=(lowest,))

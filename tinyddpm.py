@@ -5,9 +5,9 @@ alone, stop before "layers".
 
     noise schedules     beta_1..beta_T, the noise added at each step
     Diffusion           the forward process q, its posterior, conversions, the likelihood
-    samplers            DDPM, DDIM and guidance, for any callable model(x, t)
+    samplers            DDPM, DDIM, DPM-Solver++, Heun; guidance; for any model(x, t)
     layers, U-Net       each layer is a function that returns its value and its backward
-    training            AdamW, EMA, checkpoints, the loop
+    training            AdamW, Muon, EMA, checkpoints, the loop
     python tinyddpm.py  checks every gradient against finite differences
 
 Notation, in the code, in the papers, and in words
@@ -1252,7 +1252,8 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, kind="
     time, so that they stay in the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1).
     A loss that is not finite is a FloatingPointError, and the parameters are left at the step
     before; on a GPU it is looked at every 50 steps, so go back to a checkpoint there. With a
-    state, rng, optimizer, betas and ema are those it holds, and steps counts those already done.
+    state, rng, optimizer, betas and ema are those it holds, and steps counts those already
+    done.
     """
     one_of("loss", loss, LOSSES)
     one_of("kind", kind, KINDS)

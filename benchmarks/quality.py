@@ -4,8 +4,8 @@
     python benchmarks/quality.py --minutes 1 2 --only tinyddpm
 
 Each run has its own learning-rate decay, over as many steps as fit its minutes by a timing of
-20 steps. Samples of both, 1,000 digits with the demo's drawing, are drawn by tinyddpm from the
-moving average of the parameters, and scored by the classifier of `python demo.py score`.
+20 steps. Samples of both, --count digits with the demo's drawing, are drawn by tinyddpm from
+the moving average of the parameters, and scored by the classifier of `python demo.py score`.
 PyTorch is needed for its half alone: pip install torch
 """
 import argparse
@@ -47,6 +47,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10])
+    parser.add_argument("--count", type=int, default=1000, help="samples of each")
     parser.add_argument("--only", choices=("tinyddpm", "PyTorch"))
     parser.add_argument("--out", type=Path, default=Path("out"), help="of the classifier")
     args = parser.parse_args()
@@ -60,7 +61,7 @@ def main():
     runs = {"tinyddpm": in_tinyddpm, "PyTorch": in_torch}
     if args.only:
         runs = {args.only: runs[args.only]}
-    wanted = np.arange(1000) % 10
+    wanted = np.arange(args.count) % 10
     rows = {name: [] for name in runs}
     print(f"{'':12}{'minutes':>8}{'steps':>8}{'took':>8}{'accuracy':>10}{'Frechet':>9}")
     for minutes in args.minutes:

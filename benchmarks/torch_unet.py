@@ -1,5 +1,5 @@
-"""tinyddpm's U-Net once more, in PyTorch, from the same weights: the yardstick of the
-benchmarks and of tests/test_against_torch.py. Layer by layer what tinyddpm.py does, as PyTorch users would
+"""tinyddpm's U-Net once more, in PyTorch, from the same weights: the yardstick of benchmarks
+and of tests/test_against_torch.py. Layer by layer what tinyddpm.py does, as PyTorch users would
 write it; (B, C, H, W) inside, (B, H, W, C) outside."""
 import math
 

@@ -8,7 +8,8 @@ With --isa best each library takes the fastest instructions that it finds, whate
 environment holds OpenBLAS to; with --isa env the environment decides. On a GPU both use TF32.
 
 First both networks' outputs and gradients are compared. A training step is: draw a batch and
-its noise, forward, backward, clip, AdamW, EMA. A sampling forward is the network's answer alone.
+its noise, forward, backward, clip, AdamW, EMA. A sampling forward is the network's answer
+alone.
 PyTorch is needed for this alone: pip install torch
 """
 import argparse
@@ -190,9 +191,10 @@ def main():
     demo.keep_memory()
     torch.set_num_threads(THREADS)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    numpys, torchs = sgemm(np.matmul, np.ones), sgemm(torch.matmul, torch.ones)
     print(f"NumPy {np.__version__}, PyTorch {torch.__version__}, {THREADS} threads each, "
-          f"instructions: {args.isa}; sgemm on one thread: NumPy "
-          f"{sgemm(np.matmul, np.ones):.0f} GFLOP/s, PyTorch {sgemm(torch.matmul, torch.ones):.0f}")
+          f"instructions: {args.isa}; sgemm on one thread: NumPy {numpys:.0f} GFLOP/s, "
+          f"PyTorch {torchs:.0f}")
     images, labels = demo.load_digits(demo.HERE / "data", "train")
     images, labels = images[:2000], labels[:2000]
     diffusion = td.Diffusion(td.cosine_betas(1000))

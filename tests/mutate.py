@@ -57,7 +57,7 @@ except Exception:
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "tinyddpm.py"
 SECTIONS = {    # as its comment lines have them: a short name, and the tests to begin with
-    "backend, and two checks": ("backend", ["backend"]),
+    "backend, and checks": ("backend", ["backend"]),
     "noise schedules": ("schedules", ["schedules"]),
     "the forward process": ("diffusion", ["diffusion"]),
     "samplers and guidance": ("samplers", ["samplers", "schedules"]),
