@@ -94,8 +94,8 @@ EQUIVALENT = {      # what a mutant has in its changed statement, and the origin
     "(C / heads) **": "heads divides C",
     "half = width / 2": "width is even, and arange takes a whole float",
     # U-Net
-    "model, threads, chunk=17": "chunks change only the speed",
-    "len(arrays[1]), chunk": "all are of the batch's length",
+    "model, threads, chunk=33": "chunks change only the speed",
+    "n = len(arrays[1])": "all are of the batch's length",
     # training
     "abs(d) <= 1": "at 1 both forms are 1/2",
     "not threads > 1 else map": "threads change only the speed",
@@ -104,7 +104,7 @@ EQUIVALENT = {      # what a mutant has in its changed statement, and the origin
     "threads=2": "the same",
     "chunk=17": "chunks change only the speed",
     "pass  # file.flush()": "zipfile flushes what it has written, though it need not",
-    "largest <= 1.001": "a tolerance; nothing lies on its edge",
+    "size <= 1.001": "a tolerance; nothing lies on its edge",
     "np.load(path) as file": "NumPy's default too",
     "total - length": "finite exactly where both are, as the sum is",
 }
