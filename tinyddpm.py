@@ -471,18 +471,18 @@ def ddim(model, diffusion, x, rng=None, steps=50, eta=0.0, spacing="trailing", k
 
 def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", kind="eps",
                clip=(-1, 1)):
-    """DPM-Solver++(2M) (DPM-Solver++ Algorithm 2): DDIM's step, towards an x0 drawn on along a
-    line from the last two predictions. One call of the model a step, an error of second order,
-    and no noise: rng is there so that all samplers are called alike. Arguments: see ddpm."""
+    """DPM-Solver++(2M) (DPM-Solver++ Algorithm 2): DDIM's step, towards an x0
+    extrapolated from the last two predictions. One call of the model a step, an error of second
+    order, and no noise: rng is there so that all samplers are called alike. See ddpm."""
     with np.errstate(divide="ignore"):
-        lam = np.log(diffusion.snr) / 2         # the line is one over lambda = log(SNR) / 2
+        lam = np.log(diffusion.snr) / 2         # x0 is taken as linear in lambda
     before = None                               # the last step: lambda, x0
 
     def step(x, x0, t, s):
         nonlocal before
         ahead = x0
         if before and s:                        # at s = 0, lambda is infinite
-            share = (lam[s] - lam[t]) / (lam[t] - before[0]) / 2    # half way from t to s
+            share = (lam[s] - lam[t]) / (lam[t] - before[0]) / 2    # to half way from t to s
             ahead = x0 + float(share) * (x0 - before[1])
         before = lam[t], x0
         abar_s = float(diffusion.abar[s])
@@ -494,8 +494,9 @@ def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", kind
 
 def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", kind="eps",
          clip=(-1, 1)):
-    """Heun's method on the probability-flow ODE (EDM Algorithm 1 without churn): to x_s and
-    back to t with the mean of the slopes at both. 2 steps - 1 calls of the model; no noise.
+    """Heun's method on the probability-flow ODE (EDM Algorithm 1 without churn): an
+    Euler step to s; then the step from t again, with the mean of the slopes at t and s. 2 steps
+    - 1 calls of the model; no noise.
 
     The ODE is that of the angle phi: with x = cos(phi) x0 + sin(phi) eps, dx/dphi is v. (EDM's
     own variable, tan(phi), is infinite where a schedule ends in pure noise.)
