@@ -1,4 +1,4 @@
-"""For all tests: one BLAS thread, the markers `slow` and `gpu`, deterministic hypothesis."""
+"""For all tests: one BLAS thread, warnings are errors, the markers `slow` and `gpu`."""
 import os
 import sys
 from pathlib import Path
@@ -10,17 +10,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pytest                                   # noqa: E402
 from hypothesis import settings                 # noqa: E402
 
-settings.register_profile("tinyddpm", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("tinyddpm")
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
+settings.register_profile("slow", deadline=None, max_examples=100)      # drawn anew every time
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--slow", action="store_true",
+                     help="run the tests marked slow as well, and draw all examples anew")
+    parser.addoption("--backwards", action="store_true", help="run the tests in reverse order")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
     config.addinivalue_line("markers", "gpu: needs CuPy and a GPU")
+    settings.load_profile("slow" if config.getoption("--slow") else "default")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,3 +34,5 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
         if "gpu" in item.keywords and tinyddpm.xp.__name__ != "cupy":
             item.add_marker(pytest.mark.skip(reason="CuPy found no usable GPU here"))
+    if config.getoption("--backwards"):
+        items.reverse()
