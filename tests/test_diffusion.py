@@ -2,18 +2,20 @@
 
 Every law is derived here a second time, from Gaussians and Bayes' rule, in float64.
 """
+import copy
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from common import KINDS, refused
-from tinyddpm import Diffusion, bin_probability, linear_betas, zero_terminal_snr
+from common import PREDICTS, refused
+from tinyddpm import (Diffusion, bin_probability, cosine_betas, flow_betas, linear_betas,
+                      zero_terminal_snr)
 
 SHAPE = (3, 2, 2, 1)
 beta_lists = st.lists(st.floats(1e-3, 0.5), min_size=2, max_size=12)
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", PREDICTS)
 
 # Every method that takes two arrays and t, in one form, for the laws that all of them share.
 METHODS = {
@@ -21,14 +23,20 @@ METHODS = {
     "q_step": lambda d, a, b, t: d.q_step(a, t, b),
     "q_posterior": lambda d, a, b, t: d.q_posterior(a, b, t)[0],
     "score": lambda d, a, b, t: d.score(a, t, b),
-    **{f"to_x0 {kind}": lambda d, a, b, t, kind=kind: d.to_x0(a, t, b, kind)
-       for kind in KINDS},
-    **{f"to_eps {kind}": lambda d, a, b, t, kind=kind: d.to_eps(a, t, b, kind)
-       for kind in KINDS},
-    **{f"target {kind}": lambda d, a, b, t, kind=kind: d.target(a, b, t, kind)
-       for kind in KINDS},
+    "to_eps": lambda d, a, b, t: d.to_eps(a, t, b),
+    **{f"to_x0 {kind}": lambda d, a, b, t, kind=kind: told(d, kind).to_x0(a, t, b)
+       for kind in PREDICTS},
+    **{f"target {kind}": lambda d, a, b, t, kind=kind: told(d, kind).target(a, b, t)
+       for kind in PREDICTS},
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+
+
+def told(d, kind):
+    """The same process, for a model that predicts this kind."""
+    d = copy.copy(d)
+    d.predicts = kind
+    return d
 
 
 def pictures(count=2, dtype=np.float64, seed=0):
@@ -49,8 +57,8 @@ def processes_and_steps(draw):
     return d, draw(t | st.lists(t, min_size=3, max_size=3).map(np.array))
 
 
-def zero_snr():
-    return Diffusion(zero_terminal_snr(linear_betas(10, 0.05, 0.5)))
+def zero_snr(kind="v"):
+    return Diffusion(zero_terminal_snr(linear_betas(10, 0.05, 0.5)), kind)
 
 
 def same(a, b, rtol=1e-9, atol=1e-11):
@@ -99,12 +107,13 @@ def test_posterior_is_bayes_rule(betas, data, to_zero_snr):
     abar_s, alpha = np.prod(1 - betas[:s]), np.prod(1 - betas[s:t])
     precision = 1 / (1 - abar_s) + alpha / (1 - alpha)
     mean = (abar_s ** 0.5 * x0 / (1 - abar_s) + alpha ** 0.5 * xt / (1 - alpha)) / precision
-    got_mean, got_var = Diffusion(betas).q_posterior(x0, xt, t, s)
+    d = Diffusion(betas, "v")
+    got_mean, got_var = d.q_posterior(x0, xt, t, s)
     same(got_mean, mean)
     same(got_var, 1 / precision)
     if s == t - 1:
-        same(Diffusion(betas).q_posterior(x0, xt, t)[0], mean)
-        same(Diffusion(betas).q_posterior(x0, xt, t)[1], 1 / precision)
+        same(d.q_posterior(x0, xt, t)[0], mean)
+        same(d.q_posterior(x0, xt, t)[1], 1 / precision)
 
 
 @pytest.mark.parametrize("t", [1, 4, 10])
@@ -137,46 +146,62 @@ def test_forward_and_posterior_agree_on_real_draws():
 
 @every_kind
 @given(process=processes_and_steps())
-def test_eps_x0_and_v_are_three_names_for_one_thing(kind, process):
-    """What a perfect model of each kind would answer, target(), gives back x0 and eps."""
-    d, t = process
+def test_every_answer_is_a_name_for_one_thing(kind, process):
+    """What a perfect model would answer, target(), gives back x0 and eps. (v: Salimans & Ho
+    section 4; flow: the velocity of the straight path from x0 to eps.)"""
+    d, t = told(process[0], kind), process[1]
     x0, eps = pictures()
-    xt = d.q_sample(x0, t, eps)
-    out = d.target(x0, eps, t, kind)
+    xt, out = d.q_sample(x0, t, eps), d.target(x0, eps, t)
     signal, noise = per_image(d.abar, t) ** 0.5, (1 - per_image(d.abar, t)) ** 0.5
-    same(out, {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[kind])
-    same(d.to_x0(xt, t, out, kind), x0)
-    same(d.to_eps(xt, t, out, kind), eps)
+    same(out, {"eps": eps, "x0": x0, "v": signal * eps - noise * x0, "flow": eps - x0}[kind])
+    same(d.to_x0(xt, t, out), x0)
+    same(d.to_eps(xt, t, x0), eps)
 
 
 @every_kind
 @given(process=processes_and_steps())
-def test_a_wrong_output_still_means_one_x0_and_eps_that_make_xt(kind, process):
+def test_a_wrong_answer_still_means_one_x0_and_eps_that_make_xt(kind, process):
     """Whatever the model says, its x0 and its eps make up the xt that it saw."""
-    d, t = process
+    d, t = told(process[0], kind), process[1]
     xt, out = pictures()
-    x0, eps = d.to_x0(xt, t, out, kind), d.to_eps(xt, t, out, kind)
+    x0 = d.to_x0(xt, t, out)
+    eps = d.to_eps(xt, t, x0)
     same(d.q_sample(x0, t, eps), xt)
-    same(d.target(x0, eps, t, kind), out)
+    same(d.target(x0, eps, t), out, rtol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["x0", "v"])
-def test_zero_snr_hides_x0_but_not_from_x0_and_v(kind):
-    """At abar_T = 0, xt is eps, v is -x0, and x0 and v models still give x0."""
-    d = zero_snr()
+def test_x0_is_clipped_to_bounds_or_by_a_function():
+    d, (xt, out) = Diffusion(linear_betas(10)), pictures()
+    x0 = d.to_x0(xt, 9, out)
+    same(d.to_x0(xt, 9, out, clip=(-0.5, 0.2)), np.clip(x0, -0.5, 0.2))
+    same(d.to_x0(xt, 9, out, clip=np.tanh), np.tanh(x0))
+    assert (abs(x0) > 1).any() and np.array_equal(d.to_x0(xt, 9, out, clip=None), x0)
+
+
+@pytest.mark.parametrize("kind", ["x0", "v", "flow"])
+@pytest.mark.parametrize("betas", [zero_terminal_snr(linear_betas(10, 0.05, 0.5)),
+                                   flow_betas(10)])
+def test_zero_snr_hides_x0_but_not_from_x0_v_and_flow(kind, betas):
+    """At abar_T = 0, xt is eps, v is -x0, flow is xt - x0; all of them still give x0."""
+    d = Diffusion(betas, kind)
     x0, eps = pictures()
     assert np.array_equal(d.q_sample(x0, d.T, eps), eps)
-    out = d.target(x0, eps, d.T, kind)
-    assert np.array_equal(out, x0 if kind == "x0" else -x0)
-    assert np.array_equal(d.to_x0(eps, d.T, out, kind), x0)
-    assert np.array_equal(d.to_eps(eps, d.T, out, kind), eps)
+    out = d.target(x0, eps, d.T)
+    same(out, {"x0": x0, "v": -x0, "flow": eps - x0}[kind])
+    same(d.to_x0(eps, d.T, out), x0)
+    assert np.array_equal(d.to_eps(eps, d.T, x0), eps)
 
 
-@pytest.mark.parametrize("t", [10, np.array([3, 10, 1])])
-def test_zero_snr_refuses_the_eps_kind(t):
-    xt, out = pictures()
-    refused("zero SNR", zero_snr().to_x0, xt, t, out, "eps")
-    zero_snr().to_x0(xt, 9, out, "eps")         # one step before, it can be done
+def test_a_model_of_eps_at_zero_snr_is_refused_at_once():
+    """Not when it is sampled from, a training later."""
+    betas = zero_terminal_snr(linear_betas(10))
+    refused("'eps'", Diffusion, betas)
+    refused("'eps'", Diffusion, flow_betas(10), "eps")
+    Diffusion(cosine_betas(10), "eps")
+
+
+def test_an_unknown_prediction_is_refused():
+    refused("'noise'", Diffusion, linear_betas(10), "noise")
 
 
 @given(process=processes_and_steps())
@@ -189,7 +214,7 @@ def test_score_is_the_gradient_of_log_q(process):
 
     def log_q(x):
         return -(x - abar ** 0.5 * x0) ** 2 / (2 * (1 - abar))
-    same(d.score(xt, t, eps), (log_q(xt + h) - log_q(xt - h)) / (2 * h), rtol=1e-6, atol=1e-6)
+    same(d.score(xt, t, x0), (log_q(xt + h) - log_q(xt - h)) / (2 * h), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- the loss weights
@@ -202,45 +227,50 @@ def test_loss_weights_have_min_snrs_closed_forms(gamma, betas):
     abar = np.cumprod(1 - np.array(betas))
     snr = abar / (1 - abar)
     held = np.minimum(snr, gamma)
-    for kind, weight in {"eps": held / snr, "x0": held, "v": held / (snr + 1)}.items():
-        same(d.loss_weight(t, kind, "min_snr", gamma), weight)
-        same(d.loss_weight(2, kind, "min_snr", gamma), weight[1])
-        same(d.loss_weight(t, kind, "simple"), 1)
-        assert d.loss_weight(t, kind, "simple").shape == t.shape
+    for kind, weight in {"eps": held / snr, "x0": held, "v": held / (snr + 1),
+                         "flow": held / (1 + snr ** 0.5) ** 2}.items():
+        same(told(d, kind).loss_weight(t, "min_snr", gamma), weight)
+        same(told(d, kind).loss_weight(2, "min_snr", gamma), weight[1])
+        same(told(d, kind).loss_weight(t, "simple"), np.ones(len(t)))
 
 
 @given(process=processes_and_steps(), gamma=st.floats(0.1, 10))
 def test_weighted_losses_of_all_kinds_are_equal(process, gamma):
-    """One wrong x0, told as eps, x0 or v: with "snr" each loss is the squared error of eps,
-    and with "min_snr" it is min(snr, gamma) times the squared error of x0."""
+    """One wrong x0, told in any way: with "snr" each loss is the squared error of eps, and with
+    "min_snr" it is min(snr, gamma) times the squared error of x0."""
     d, t = process
     x0, eps, guess = pictures(3)
     abar = per_image(d.abar, t)
     guess_eps = (d.q_sample(x0, t, eps) - abar ** 0.5 * guess) / (1 - abar) ** 0.5
-    for kind in KINDS:
-        error = (d.target(x0, eps, t, kind) - d.target(guess, guess_eps, t, kind)) ** 2
-        weights = {how: per_image(d.loss_weight(np.arange(1, d.T + 1), kind, how, gamma),
+    for kind in PREDICTS:
+        d = told(d, kind)
+        error = (d.target(x0, eps, t) - d.target(guess, guess_eps, t)) ** 2
+        weights = {how: per_image(d.loss_weight(np.arange(1, d.T + 1), how, gamma),
                                   np.array(t) - 1) for how in ("snr", "min_snr")}
-        same(weights["snr"] * error, (eps - guess_eps) ** 2)
+        same(weights["snr"] * error, (eps - guess_eps) ** 2, rtol=1e-7)
         held = np.minimum(abar / (1 - abar), gamma)
-        same(weights["min_snr"] * error, held * (x0 - guess) ** 2)
+        same(weights["min_snr"] * error, held * (x0 - guess) ** 2, rtol=1e-7)
 
 
 def test_gamma_is_5_unless_told():
     """Min-SNR's choice; the first weight here is held by it."""
-    d, t = Diffusion(linear_betas(10, 0.05, 0.5)), np.arange(1, 11)
+    d, t = Diffusion(linear_betas(10, 0.05, 0.5), "x0"), np.arange(1, 11)
     assert d.snr[1] > 6 and d.snr[10] < 5
-    same(d.loss_weight(t, "x0", "min_snr"), np.minimum(d.snr[1:], 5))
+    same(d.loss_weight(t, "min_snr"), np.minimum(d.snr[1:], 5))
 
 
 @pytest.mark.parametrize("how", ["simple", "snr", "min_snr"])
-@every_kind
+@pytest.mark.parametrize("kind", ["x0", "v", "flow"])
 def test_loss_weights_at_zero_snr(kind, how):
-    """Finite, and the limit: 1 for eps, and 0 for x0 and v, unless simple. The divisions by 0
-    on the way, here and at the table's clean data, are meant, and give no warning."""
-    with np.errstate(divide="raise"):
-        weight = zero_snr().loss_weight(10, kind, how)
-    assert weight == (1 if how == "simple" or kind == "eps" else 0)
+    """Finite, and the limit, 0, unless simple; with no warning of a division."""
+    assert zero_snr(kind).loss_weight(10, how) == (1 if how == "simple" else 0)
+
+
+def test_bad_loss_weights():
+    d = Diffusion(linear_betas(10))
+    refused("'p2'", d.loss_weight, 3, "p2")
+    for t in (0, 11, np.array([1, -1])):
+        refused(f"t is {t}", d.loss_weight, t, "snr")
 
 
 # ---------------------------------------------------------------------- what all methods share
@@ -270,16 +300,16 @@ def test_posterior_variance_for_each_image():
     for i in range(3):
         one_mean, one_var = d.q_posterior(x0[i:i + 1], xt[i:i + 1], int(t[i]), int(s[i]))
         same(mean[i:i + 1], one_mean)
-        same(var[i], one_var)
+        same(var[i:i + 1], one_var)
 
 
 @every_method
-@pytest.mark.parametrize("t, given_text", [
-    (0, "t is 0"), (11, "t is 11"), (-1, "t is -1"), (2.0, "t is 2.0"),
-    (np.array([1, 2]), "t has shape (2,)"), (np.array([1, 0, 2]), "t is [1 0 2]"),
-    (np.array([1.0, 2.0, 3.0]), "t is [1. 2. 3.]"), (np.array([[1, 2, 3]]), "t is [[1 2 3]]")])
-def test_bad_t(method, t, given_text):
-    refused(given_text, method, Diffusion(linear_betas(10)), *pictures(), t)
+@pytest.mark.parametrize("t", [0, 11, -1, 2.0, np.array([1, 0, 2]),
+                               np.array([1.0, 2.0, 3.0])], ids=str)
+def test_bad_t(method, t):
+    """Out of 1..T it would wrap around, or be a step too far; as a float it is no index."""
+    with pytest.raises((ValueError, IndexError)):
+        method(Diffusion(linear_betas(10)), *pictures(), t)
 
 
 @every_method
@@ -287,31 +317,16 @@ def test_bad_t(method, t, given_text):
     (np.ones(SHAPE), np.ones((3, 2, 2, 2)), "(3, 2, 2, 2)"),
     (np.ones((3, 4)), np.ones((3, 1)), "(3, 1)"),
     (np.ones(SHAPE, np.uint8), np.ones(SHAPE), "uint8"),
-    (np.ones(SHAPE), np.ones(SHAPE, np.int64), "int64")])
+    (np.ones(SHAPE, np.float16), np.ones(SHAPE, np.float16), "float16")])
 def test_bad_arrays(method, a, b, given_text):
     """Shapes that would broadcast are refused as well: they are never meant."""
     refused(given_text, method, Diffusion(linear_betas(10)), a, b, 3)
 
 
-@pytest.mark.parametrize("s", [-1, 5, 6])
+@pytest.mark.parametrize("s", [-1, 5, 6, np.array([0, 5, 3]), np.array([0, -1, 3])], ids=str)
 def test_bad_s(s):
-    refused(f"s is {s}", Diffusion(linear_betas(10)).q_posterior, *pictures(), 5, s)
-
-
-def test_one_bad_s_among_good_ones():
-    """Also where only one image's s is not below its t, or there are too many."""
-    for s in ([0, 5, 3], [0, -1, 3], [0, 3], [0.0, 1.0, 2.0]):
-        refused("s is [", Diffusion(linear_betas(10)).q_posterior, *pictures(),
-                np.array([5, 5, 5]), np.array(s))
-
-
-def test_unknown_names():
-    d, (a, b) = Diffusion(linear_betas(10)), pictures()
-    for method in (d.to_x0, d.to_eps):
-        refused("kind is 'noise'", method, a, 3, b, "noise")
-    refused("kind is 'noise'", d.target, a, b, 3, "noise")
-    refused("kind is 'noise'", d.loss_weight, 3, "noise", "snr")
-    refused("how is 'p2'", d.loss_weight, 3, "eps", "p2")
+    t = 5 if np.ndim(s) == 0 else np.array([5, 5, 5])
+    refused(f"s is {s}", Diffusion(linear_betas(10)).q_posterior, *pictures(), t, s)
 
 
 # ------------------------------------------------------------------------------ the likelihood
@@ -329,18 +344,19 @@ def byte_pictures():
 
 
 def fixed_guess(guess, kind, seen=None):
-    """A model that means x0 = guess whatever it sees, told as eps, x0 or v."""
+    """A model that means x0 = guess whatever it sees, told in any way."""
     def model(x, t):
         if seen is not None:
             seen.append(t)
         a = ABAR[t].reshape(-1, 1, 1, 1)
         eps = (x - a ** 0.5 * guess) / (1 - a) ** 0.5
-        return {"eps": eps, "x0": guess, "v": a ** 0.5 * eps - (1 - a) ** 0.5 * guess}[kind]
+        return {"eps": eps, "x0": guess, "v": a ** 0.5 * eps - (1 - a) ** 0.5 * guess,
+                "flow": eps - guess}[kind]
     return model
 
 
 def bits(model, x0, kind, betas=BETAS):
-    return Diffusion(betas).bits_per_dim(model, x0, np.random.default_rng(0), kind)
+    return Diffusion(betas, kind).bits_per_dim(model, x0, np.random.default_rng(0))
 
 
 @every_kind
@@ -377,7 +393,7 @@ def test_likelihood_of_a_fixed_guess(kind):
 def test_a_perfect_model_pays_no_bits_on_the_way():
     x0 = byte_pictures()
     got = bits(fixed_guess(x0, "x0"), x0, "x0")
-    assert np.all(got["steps"] == 0)
+    same(got["steps"], np.zeros(4))
     same(got["total"], got["prior"] + got["decoder"])
 
 
@@ -401,13 +417,6 @@ def test_likelihood_is_that_of_xt_at_t():
     same(shown[1], x0, atol=1e-5)
     assert np.array_equal(shown[3], np.random.default_rng(0).standard_normal(SHAPE))
     assert got["prior"] == 0
-
-
-def test_likelihood_takes_a_model_of_eps_unless_told():
-    x0 = byte_pictures()
-    model = fixed_guess(0.9 * x0, "eps")
-    got = Diffusion(BETAS).bits_per_dim(model, x0, np.random.default_rng(0))
-    assert got["total"] == bits(model, x0, "eps")["total"]
 
 
 def test_likelihood_of_one_step():
@@ -449,13 +458,6 @@ def test_bin_probability_has_a_finite_logarithm(mean):
 
 
 def test_bad_likelihood_input():
-    """Found before the model, which may be slow, is asked for the first time."""
-    x0, seen = byte_pictures(), []
-    refused("kind is 'noise'", bits, fixed_guess(x0, "x0", seen), x0, "noise")
-    assert not seen
+    x0 = byte_pictures()
     refused("(3, 2, 2, 3)", bits, lambda x, t: np.ones((3, 2, 2, 3)), x0, "x0")
-
-
-def test_likelihood_refuses_bytes():
-    x0 = np.zeros(SHAPE, np.uint8)
-    refused("uint8", bits, lambda x, t: x, x0, "eps")
+    refused("254.0", bits, lambda x, t: x, 127 * (x0 + 1), "x0")

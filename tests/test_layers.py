@@ -4,9 +4,12 @@ Finite differences are tinyddpm's own check. The second way shares nothing with 
 step. f(x + i h u) = f(x) + i h f'(x) u + O(h^2), so with h = 1e-30 the imaginary part over h is
 the directional derivative, without cancellation, to the last digits of float64.
 """
+import copy
 import math
+import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +45,12 @@ SHAPES = shapes(3, 4, 4, 5, 4, 3)
 
 def free(layer, *options):
     """A layer without parameters, called as if it had some."""
-    def with_parameters(p, *inputs):
-        y, back = layer(*inputs, *options)
-        return y, lambda dy, g: back(dy)
-    return with_parameters
+    return lambda p, *inputs: layer(*inputs, *options)
 
 
-def moved(layer, back_layer):
-    """fold and unfold: each is the other's back."""
-    return lambda p, x: (layer(x), lambda dy, g: back_layer(dy))
+def moved(layer, back, factor=1.0):
+    """A layer that only moves numbers, whose back is another of them, but for a factor."""
+    return lambda p, x: (layer(x), lambda dy: factor * back(dy))
 
 
 def halve(h):
@@ -58,66 +58,75 @@ def halve(h):
     return h / 2, lambda dy: dy / 2
 
 
-def block(p, x, emb):
-    y, back = td.res_block(p, x, emb, halve)
+def block(p, x, emb, heads=1):
+    """res_block with the embedding's gradient handed back, and not added to."""
+    demb = np.zeros_like(emb)
+    y, back = td.res_block(p, x, emb, demb, halve, heads)
 
-    def back_both(dy, g):
-        demb = td.xp.zeros_like(emb)
-        return back(dy, g, demb), demb
+    def back_both(dy):
+        demb[:] = 0
+        return back(dy), demb.copy()
     return y, back_both
 
 
 def embed_of(s):
-    t, labels = 100 * td.xp.arange(1, s.B + 1), td.xp.arange(s.B)[::-1]
-    layout = {"time1": td.linear_layout(4, s.D), "time2": td.linear_layout(s.D, s.D),
+    t, labels = 100 * np.arange(1, s.B + 1), np.arange(s.B)[::-1]
+    layout = {"time1": td.product_layout(4, s.D), "time2": td.product_layout(s.D, s.D),
               "label": ((s.B, s.D), 1)}
     return lambda p: td.embed(p, t, labels), layout, []
 
 
-def dropped(p, x):
-    return free(td.dropout, 0.3, np.random.default_rng(1))(p, x)
-
-
-# name: for a Shape, layer(p, *inputs) -> y, back(dy, g); its layout; the shapes of its inputs
+# name: for a Shape, layer(p, *inputs) -> y, back(dy); its layout; the shapes of its inputs
 CASES = {
     "silu": lambda s: (free(td.silu), {}, [(s.B, s.H, s.W, s.C)]),
-    "linear": lambda s: (td.linear, td.linear_layout(s.C, s.D), [(s.B, s.H, s.W, s.C)]),
-    "linear, rows": lambda s: (td.linear, td.linear_layout(s.C, s.D), [(s.B, s.C)]),
-    "conv3x3": lambda s: (td.conv3x3, td.conv_layout(s.C, s.D), [(s.B, s.H, s.W, s.C)]),
+    "linear": lambda s: (td.linear, td.product_layout(s.C, s.D), [(s.B, s.H, s.W, s.C)]),
+    "linear, rows": lambda s: (td.linear, td.product_layout(s.C, s.D), [(s.B, s.C)]),
+    "conv3x3": lambda s: (td.conv3x3, td.product_layout(3, 3, s.C, s.D),
+                          [(s.B, s.H, s.W, s.C)]),
     "group_norm": lambda s: (free(td.group_norm, 2), {},
                              [(s.B, s.H, s.W, 2 * s.C), (s.B, 2 * s.C), (s.B, 2 * s.C)]),
-    "norm": lambda s: (td.norm, td.norm_layout(s.C), [(s.B, s.H, s.W, s.C)]),
-    "dropout": lambda s: (dropped, {}, [(s.B, s.H, s.W, s.C)]),
-    "fold": lambda s: (moved(td.fold, td.unfold), {}, [(s.B, 2 * s.H, 2 * s.W, s.C)]),
-    "unfold": lambda s: (moved(td.unfold, td.fold), {}, [(s.B, s.H, s.W, 4 * s.C)]),
-    "down": lambda s: (free(td.down), {}, [(s.B, 2 * s.H, 2 * s.W, s.C)]),
-    "up": lambda s: (free(td.up), {}, [(s.B, s.H, s.W, s.C)]),
+    "norm": lambda s: (td.norm, td.norm_layout(2 * s.C), [(s.B, s.H, s.W, 2 * s.C)]),
+    "dropout": lambda s: (free(td.dropout, 0.3, 1), {}, [(s.B, s.H, s.W, s.C)]),
+    "space_to_depth": lambda s: (moved(td.space_to_depth, td.depth_to_space), {},
+                                 [(s.B, 2 * s.H, 2 * s.W, s.C)]),
+    "depth_to_space": lambda s: (moved(td.depth_to_space, td.space_to_depth), {},
+                                 [(s.B, s.H, s.W, 4 * s.C)]),
+    "average_pool": lambda s: (moved(td.average_pool, td.upsample, 0.25), {},
+                               [(s.B, 2 * s.H, 2 * s.W, s.C)]),
+    "upsample": lambda s: (moved(td.upsample, td.average_pool, 4), {},
+                           [(s.B, s.H, s.W, s.C)]),
     "attention": lambda s: (lambda p, x: td.attention(p, x, s.heads),
-                            td.attention_layout(s.C * s.heads),
-                            [(s.B, s.H, s.W, s.C * s.heads)]),
+                            td.attention_layout(2 * s.C * s.heads),
+                            [(s.B, s.H, s.W, 2 * s.C * s.heads)]),
+    "sequential": lambda s: (
+        lambda p, x: td.sequential(x, [partial(td.linear, p.one), td.silu, td.silu,
+                                       partial(td.linear, p.two)]),
+        {"one": td.product_layout(s.C, s.D), "two": td.product_layout(s.D, 3)},
+        [(s.B, s.C)]),
     "embed": embed_of,
-    "res_block": lambda s: (block, td.block_layout(s.C, s.D, 3),
-                            [(s.B, s.H, s.W, s.C), (s.B, 3)]),
+    "res_block": lambda s: (block, td.res_block_layout(2 * s.C, 2 * s.D, 3, attended=True),
+                            [(s.B, s.H, s.W, 2 * s.C), (s.B, 3)]),
 }
 every_layer = pytest.mark.parametrize("name", CASES)
 
 
-def random_tree(layout, rng, dtype=np.float64):
-    return td.Tree(layout, td.normal(rng, td.size_of(layout), dtype))
+def random_params(layout, rng, dtype=np.float64):
+    flat = np.concatenate([rng.standard_normal(math.prod(shape)).astype(dtype)
+                           for _, shape, _ in td.leaves(layout)] or [np.zeros(0, dtype)])
+    return td.Params(layout, flat, np.zeros_like(flat))
 
 
 def build(name, shape=Shape(), dtype=np.float64):
-    """A layer with random parameters and inputs: layer, p, inputs, and an empty g."""
+    """A layer with random parameters and inputs: layer, p, inputs."""
     rng = np.random.default_rng(0)
     layer, layout, sizes = CASES[name](shape)
-    p = random_tree(layout, rng, dtype)
-    inputs = [td.normal(rng, size, dtype) for size in sizes]
-    return layer, p, inputs, td.Tree(layout, td.xp.zeros_like(p.flat))
+    p = random_params(layout, rng, dtype)
+    return layer, p, [td.normal(rng, size, dtype) for size in sizes]
 
 
-def run_back(back, dy, g):
+def run_back(back, dy):
     """The gradients of the inputs as a tuple, however many there are."""
-    dinputs = back(dy, g)
+    dinputs = back(dy)
     return dinputs if isinstance(dinputs, tuple) else () if dinputs is None else (dinputs,)
 
 
@@ -147,6 +156,7 @@ def slow_conv(p, x):
 
 
 def slow_group_norm(x, scale, shift, groups):
+    groups = groups if x[0, :, :, 0].size > 1 else 1        # a single pixel is one group
     y, size = np.zeros_like(x), x.shape[3] // groups
     for b in range(len(x)):
         for part in (slice(k * size, (k + 1) * size) for k in range(groups)):
@@ -181,10 +191,11 @@ def slow_attention(p, x, heads):
 
 def slow_res_block(p, x, emb):
     h = slow_conv(p.conv1, slow_silu(slow_norm(p.norm1, x)))
-    scale, shift = np.split(slow_linear(p.film, emb), 2, axis=1)
+    scale, shift = np.split(slow_linear(p.scale_shift, emb), 2, axis=1)
     h = slow_group_norm(h, scale, shift, math.gcd(8, h.shape[3]))
     h = slow_conv(p.conv2, halve(slow_silu(h))[0])
-    return h + (slow_linear(p.skip, x) if hasattr(p, "skip") else x)
+    y = h + (slow_linear(p.skip, x) if hasattr(p, "skip") else x)
+    return slow_attention(p.attention, y, 1) if hasattr(p, "attention") else y
 
 
 SLOW = {"silu": lambda p, x: slow_silu(x), "linear": slow_linear, "linear, rows": slow_linear,
@@ -198,19 +209,19 @@ SLOW = {"silu": lambda p, x: slow_silu(x), "linear": slow_linear, "linear, rows"
 @settings(max_examples=15)
 @given(shape=SHAPES)
 def test_value_is_that_of_the_loop(name, shape):
-    layer, p, inputs, _ = build(name, shape)
+    layer, p, inputs = build(name, shape)
     close(layer(p, *inputs)[0], SLOW[name](p, *inputs))
 
 
 @settings(max_examples=15)
 @given(shape=SHAPES)
 def test_attention_is_a_weighted_mean_in_each_head(shape):
-    layer, p, (x,), _ = build("attention", shape)
+    layer, p, (x,) = build("attention", shape)
     close(layer(p, x)[0], slow_attention(p, x, shape.heads))
 
 
 @given(shape=shapes(5, 4, 4, 3), few=st.integers(1, 6))
-def test_windows(shape, few):
+def test_im2col(shape, few):
     """Every pixel's 3x3 pixels, zero beyond the edge; so many whole images at a time as the
     budget has room for, but at least one, in the order of the batch."""
     B, H, W, C = shape[:4]
@@ -218,32 +229,31 @@ def test_windows(shape, few):
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     wanted = [padded[b, i:i + 3, j:j + 3].ravel() for b, i, j in np.ndindex(B, H, W)]
     for budget in (few * size, few * size + size - 1):
-        found = list(td.windows(x, budget))
+        found = list(td.im2col(x, budget))
         assert [(rows.start, rows.stop) for rows, _ in found] == [
             (i * H * W, min(i + few, B) * H * W) for i in range(0, B, few)]
         assert np.array_equal(np.concatenate([around for _, around in found]), wanted)
-    assert len(list(td.windows(x, 0))) == B
+    assert len(list(td.im2col(x, 0))) == B
 
 
 def test_conv3x3_takes_a_few_images_at_a_time():
     """What it does in portions, for the cache, is what it does image by image. Five images of
     this size are more than one portion, and not a whole number of them."""
-    layer, p, (x,), g = build("conv3x3", Shape(5, 16, 16, 32, 32))
-    assert 1 < sum(1 for _ in td.windows(x)) < 5
+    layer, p, (x,) = build("conv3x3", Shape(5, 16, 16, 32, 32))
+    assert 1 < sum(1 for _ in td.im2col(x)) < 5
     y, back = layer(p, x)
-    dx, sums = back(y, g), np.zeros_like(g.flat)
+    dx, whole = back(y), p.grad.flat.copy()
+    p.grad.flat = 0
     for i in range(5):
-        one = slice(i, i + 1)
-        yi, back = layer(p, x[one])
-        gi = td.Tree(g.layout, sums)                    # each image adds its part
-        close(yi, y[one])
-        close(back(y[one], gi), dx[one], 1e-9)
-    close(g.flat, sums, 1e-9)
+        yi, back = layer(p, x[i:i + 1])
+        close(yi, y[i:i + 1])
+        close(back(y[i:i + 1]), dx[i:i + 1], 1e-9)
+    close(p.grad.flat, whole, 1e-9)         # each image added its part
 
 
 def test_attention_weights_survive_large_logits():
     """exp(1000) overflows; the softmax must not."""
-    layer, p, (x,), _ = build("attention")
+    layer, p, (x,) = build("attention")
     p.qkv.w *= 1000
     with np.errstate(over="raise", invalid="raise"):
         assert np.isfinite(layer(p, x)[0]).all()
@@ -264,30 +274,30 @@ def test_group_norm_takes_the_greatest_common_divisor(C, groups):
 
 
 @given(shape=SHAPES)
-def test_fold_puts_four_pixels_into_one(shape):
-    """Channels of the folded picture: upper left, upper right, lower left, lower right."""
-    _, _, (x,), _ = build("fold", shape)
-    y, C = td.fold(x), shape.C
+def test_space_to_depth_puts_four_pixels_into_one(shape):
+    """Channels of the new picture: upper left, upper right, lower left, lower right."""
+    _, _, (x,) = build("space_to_depth", shape)
+    y, C = td.space_to_depth(x), shape.C
     for i, j in np.ndindex(2, 2):
         k = 2 * i + j
         assert np.array_equal(y[..., k * C:(k + 1) * C], x[:, i::2, j::2])
-    assert np.array_equal(td.unfold(y), x)
+    assert np.array_equal(td.depth_to_space(y), x)
 
 
 @given(shape=SHAPES)
-def test_down_is_the_mean_and_up_repeats(shape):
-    _, _, (x,), _ = build("down", shape)
-    y = td.down(x)[0]
+def test_average_pool_and_upsample(shape):
+    _, _, (x,) = build("average_pool", shape)
+    y = td.average_pool(x)
     for b, i, j, c in np.ndindex(y.shape):
         close(y[b, i, j, c], x[b, 2 * i:2 * i + 2, 2 * j:2 * j + 2, c].mean())
-    assert np.array_equal(td.up(y)[0], y.repeat(2, axis=1).repeat(2, axis=2))
+    assert np.array_equal(td.upsample(y), y.repeat(2, axis=1).repeat(2, axis=2))
 
 
 @pytest.mark.parametrize("E", [4, 6, 32])
-def test_sinusoids(E):
+def test_timestep_embedding(E):
     """First a sine of the step itself, at last a cosine of a ten-thousandth of it."""
     t = np.array([0, 1, 17, 1000])
-    y, half = td.sinusoids(t, E), E // 2
+    y, half = td.timestep_embedding(t, E), E // 2
     assert y.shape == (4, E)
     for i, step in enumerate(t):
         for k in range(half):
@@ -300,11 +310,11 @@ def test_embed():
     labels, no row, whatever they are."""
     rng, t, labels = np.random.default_rng(0), np.array([1, 50, 999]), np.array([2, 0, 2])
     layout = embed_of(Shape(B=3, D=5))[1]
-    p = random_tree(layout, rng)
-    h = slow_linear(p.time2, slow_silu(slow_linear(p.time1, td.sinusoids(t, 4))))
+    p = random_params(layout, rng)
+    h = slow_linear(p.time2, slow_silu(slow_linear(p.time1, td.timestep_embedding(t, 4))))
     close(td.embed(p, t, labels)[0], slow_silu(h + p.label[labels]))
     del layout["label"]
-    p = td.Tree(layout, p.flat[:td.size_of(layout)])
+    p = td.Params(layout, p.flat[:-15])
     for y in (labels, None):
         close(td.embed(p, t, y)[0], slow_silu(h))
 
@@ -321,11 +331,11 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
 @pytest.mark.parametrize("rate", [0.125, 0.5, 0.875])
 def test_dropout_zeroes_exactly_its_share_of_even_draws(rate):
     """Generators draw from [0, 1), 0 included and 1 not: the edge belongs to what stays."""
-    class Even:
+    class Even(np.random.Generator):
         def random(self, shape, dtype):
             n = math.prod(shape)
             return (np.arange(n) / n).astype(dtype).reshape(shape)
-    y, _ = td.dropout(np.ones((8, 1)), rate, Even())
+    y, _ = td.dropout(np.ones((8, 1)), rate, Even(np.random.PCG64(0)))
     assert (y == 0).mean() == rate
 
 
@@ -340,7 +350,7 @@ def test_dropout_off(rate, rng):
 
 def complex_step(layer, p, inputs, dp, dinputs, h=1e-30):
     """How the layer's value changes along (dp, dinputs)."""
-    shifted = td.Tree(p.layout, p.flat + 1j * h * dp)
+    shifted = td.Params(p.layout, p.flat + 1j * h * dp)
     return layer(shifted, *[x + 1j * h * dx for x, dx in zip(inputs, dinputs)])[0].imag / h
 
 
@@ -349,68 +359,87 @@ def complex_step(layer, p, inputs, dp, dinputs, h=1e-30):
 @given(shape=SHAPES)
 def test_back_is_the_adjoint_of_the_derivative(name, shape):
     """<c, J u> = <J^T c, u> for random c and u: J u by the complex step, J^T c by back."""
-    layer, p, inputs, g = build(name, shape)
+    layer, p, inputs = build(name, shape)
     rng = np.random.default_rng(1)
     y, back = layer(p, *inputs)
     c, dp = rng.standard_normal(y.shape), rng.standard_normal(p.flat.shape)
     dinputs = [rng.standard_normal(x.shape) for x in inputs]
     forward = c * complex_step(layer, p, inputs, dp, dinputs)
-    gradients = run_back(back, c, g)
-    backward = g.flat @ dp + sum((dx * a).sum() for dx, a in zip(gradients, dinputs))
-    assert abs(forward.sum() - backward) <= 1e-12 * (100 + abs(forward).sum())
+    gradients = run_back(back, c)
+    backward = p.grad.flat @ dp + sum((dx * a).sum() for dx, a in zip(gradients, dinputs))
+    assert abs(forward.sum() - backward) <= 1e-12 * (1000 + abs(forward).sum())
 
 
 @every_layer
-@pytest.mark.parametrize("shape", [Shape(), Shape(1, 5, 1, 3, 2, 1), Shape(3, 2, 3, 2, 1, 4)])
-def test_finite_differences(name, shape):
-    layer, p, inputs, _ = build(name, shape)
+@pytest.mark.parametrize("shape", [Shape(), Shape(1, 5, 1, 3, 2, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_finite_differences(name, shape, dtype):
+    """In float64 whatever it is given; and what it is given stays as it was."""
+    layer, p, inputs = build(name, shape, dtype)
+    before = p.flat.copy()
     errors = dict(td.gradient_errors(layer, p, inputs))
-    assert len(errors) == len(inputs) + len(p.layout)           # every gradient has its row
+    assert len(errors) == len(inputs) + len(list(td.leaves(p.layout)))      # each has its row
     assert all(error <= 1e-6 for error in errors.values()), errors
+    assert np.array_equal(p.flat, before) and p.flat.dtype == dtype
 
 
-def test_gradient_table_is_whole_and_right():
-    rows = list(td.gradient_table())
-    assert {layer for layer, _, _ in rows} >= {name for name in CASES if "," not in name}
-    assert any("U-Net" in layer for layer, _, _ in rows)
-    assert not [row for row in rows if not row[2] <= 1e-6]
+def test_the_check_walks_lists_and_takes_layers_without_parameters():
+    layout = {"parts": [td.product_layout(3, 3), {"inner": [td.product_layout(3, 3)]}]}
+    p = random_params(layout, np.random.default_rng(0), np.float32)
+
+    def layer(p, x):
+        return td.sequential(x, [partial(td.linear, p.parts[0]), td.silu,
+                                 partial(td.linear, p.parts[1].inner[0])])
+    x = np.random.default_rng(1).standard_normal((2, 3))
+    errors = dict(td.gradient_errors(layer, p, [x]))
+    assert set(errors) == {"input 1", "parts.0.w", "parts.0.b", "parts.1.inner.0.w",
+                           "parts.1.inner.0.b"}
+    assert max(errors.values()) < 1e-6
+    assert max(dict(td.gradient_errors(td.silu, None, [x])).values()) < 1e-6
+
+
+def test_the_gradient_table_is_of_every_parameter_of_every_layer():
+    errors = dict(td.gradient_table())
+    for part in ("time1.w", "label", "stem.b", "top.down.0.conv1.w", "top.match.w",
+                 "top.inner.up.1.attention.qkv.w", "top.inner.down.0.skip.w",
+                 "top.up.1.scale_shift.b", "top.up.0.norm1.scale", "out.w", "input 1"):
+        assert part in errors
+    assert max(errors.values()) <= 1e-6
 
 
 def wrong_input(p, x):
     y, back = td.linear(p, x)
-    return y, lambda dy, g: 1.01 * back(dy, g)
+    return y, lambda dy: -back(dy)
 
 
 def wrong_weight(p, x):
     y, back = td.linear(p, x)
 
-    def half(dy, g):
-        dx = back(dy, g)
-        g.w /= 2
+    def half(dy):
+        dx = back(dy)
+        p.grad.w /= 2
         return dx
     return y, half
 
 
 def nothing_added(p, x):
-    y, back = td.linear(p, x)
-    return y, lambda dy, g: back(dy, td.Tree(g.layout, g.flat.copy()))
+    y, back = td.linear(td.Params(p.layout, p.flat, p.grad.flat.copy()), x)
+    return y, back
 
 
 def not_a_number(p, x):
     y, back = td.linear(p, x)
-    return y, lambda dy, g: np.nan * back(dy, g)
+    return y, lambda dy: np.nan * back(dy)
 
 
-@pytest.mark.parametrize("layer, wrong, error", [
-    (wrong_input, {"input 1"}, 0.01), (wrong_weight, {"w"}, 0.5),
-    (nothing_added, {"w", "b"}, 1), (not_a_number, {"input 1"}, math.nan)])
-def test_the_check_finds_a_wrong_back(layer, wrong, error):
+@pytest.mark.parametrize("layer, wrong", [
+    (wrong_input, {"input 1"}), (wrong_weight, {"w"}), (nothing_added, {"w", "b"}),
+    (not_a_number, {"input 1"})])
+def test_the_check_finds_a_wrong_back(layer, wrong):
     """And it names the gradient that is wrong, and no other."""
-    _, p, inputs, _ = build("linear")
+    _, p, inputs = build("linear")
     errors = dict(td.gradient_errors(layer, p, inputs))
-    assert {name for name, e in errors.items() if not e <= 1e-6} == wrong
-    for name in wrong:
-        np.testing.assert_allclose(errors[name], error, rtol=1e-4)
+    assert {name for name, e in errors.items() if not e <= 1e-3} == wrong
 
 
 BROKEN = """
@@ -428,7 +457,7 @@ def test_the_script_fails_where_a_layer_is_wrong(factor, passes, tmp_path):
     start = '\nif __name__ == "__main__":'
     text = SOURCE.read_text()
     assert text.count(start) == 1
-    copy = tmp_path / "copy.py"
+    copy = tmp_path / "broken.py"
     copy.write_text(text.replace(start, BROKEN.format(factor)))
     ran = subprocess.run([sys.executable, copy], capture_output=True, text=True)
     assert (ran.returncode == 0) is passes, ran.stderr
@@ -438,54 +467,114 @@ def test_the_script_fails_where_a_layer_is_wrong(factor, passes, tmp_path):
 # ---------------------------------------------------------------------------- good manners
 
 @every_layer
-def test_layers_are_pure_and_add_to_g(name):
+def test_layers_are_pure_and_add_to_grad(name):
     """No layer changes its inputs, its parameters or the dy it is given; called again, back
     returns the same once more and adds the same once more."""
-    layer, p, inputs, g = build(name)
+    layer, p, inputs = build(name)
     y, back = layer(p, *inputs)
     dy = np.random.default_rng(2).standard_normal(y.shape)
     held = [p.flat, *inputs, y, dy]
     before = [a.copy() for a in held]
-    first = run_back(back, dy, g)
-    once = g.flat.copy()
-    again = run_back(back, dy, g)
+    first = run_back(back, dy)
+    once = p.grad.flat.copy()
+    again = run_back(back, dy)
     for a, b in zip([*held, *again], [*before, *first]):
         assert np.array_equal(a, b)
-    assert np.array_equal(g.flat, 2 * once)
-    assert np.all(once) or not once.size                # it added to every one of them
+    close(p.grad.flat, 2 * once)
 
 
 def test_res_block_adds_to_demb():
     """The embedding feeds every block, so each adds its part."""
-    _, p, (x, emb), g = build("res_block")
-    y, back = td.res_block(p, x, emb, halve)
+    _, p, (x, emb) = build("res_block")
     fresh, used = np.zeros_like(emb), np.ones_like(emb)
-    back(y, g, fresh)
-    back(y, g, used)
+    for demb in (fresh, used):
+        y, back = td.res_block(p, x, emb, demb, halve)
+        back(y)
     assert np.all(fresh)
     close(used, 1 + fresh)
 
 
 def test_res_block_drops_out_before_its_last_product():
     """With everything dropped but conv2's bias, what is left is the bias beside x."""
-    _, p, (x, emb), g = build("res_block", Shape(C=6, D=6))
-    y, back = td.res_block(p, x, emb, lambda h: (0 * h, lambda dy: 0 * dy))
+    layout = td.res_block_layout(6, 6, 3)
+    p, rng = random_params(layout, np.random.default_rng(0)), np.random.default_rng(1)
+    x, emb = rng.standard_normal((2, 3, 4, 6)), rng.standard_normal((2, 3))
+    y, back = td.res_block(p, x, emb, np.zeros_like(emb), lambda h: (0 * h, lambda dy: 0 * dy))
     close(y, x + p.conv2.b)
-    assert np.array_equal(back(y, g, np.zeros_like(emb)), y)    # nothing but the skip is left
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_sum_rows(dtype):
-    a = np.random.default_rng(0).integers(-9, 9, (2, 3, 4, 5)).astype(dtype)
-    total = td.sum_rows(a)
-    assert total.dtype == dtype and np.array_equal(total, a.sum((0, 1, 2)))
+    assert np.array_equal(back(y), y)                   # nothing but the way past is left
 
 
 @every_layer
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_type_in_is_type_out(name, dtype):
-    layer, p, inputs, g = build(name, dtype=dtype)
+    layer, p, inputs = build(name, dtype=dtype)
     y, back = layer(p, *inputs)
-    gradients = run_back(back, td.xp.ones_like(y), g)
-    assert {a.dtype for a in (y, g.flat, *gradients)} == {np.dtype(dtype)}
+    gradients = run_back(back, np.ones_like(y))
+    assert {a.dtype for a in (y, p.grad.flat, *gradients)} == {np.dtype(dtype)}
     assert [a.shape for a in gradients] == [a.shape for a in inputs]
+
+
+@pytest.mark.parametrize("mean", [0, 3000])
+def test_group_statistics_keep_their_digits(mean):
+    """In float32, far from 0: E[x^2] - E[x]^2 would have none left."""
+    x = mean + np.random.default_rng(0).standard_normal((2, 8, 8, 16))
+    zero = np.zeros(16, np.float32)
+    y = td.group_norm(x.astype(np.float32), zero, zero)[0]
+    exact = td.group_norm(x.astype(np.float32).astype(np.float64), zero, zero)[0]
+    close(y, exact, 2e-3)
+
+
+@pytest.mark.parametrize("C", [2, 8, 12])
+def test_group_norm_at_a_single_pixel_is_not_blind(C):
+    """A group of one value is 0 whatever it was; so all channels are one group there."""
+    x, zero = np.random.default_rng(0).standard_normal((2, 1, 1, C)), np.zeros((2, C))
+    y, back = td.group_norm(x, zero, zero)
+    close(y, slow_group_norm(x, zero, zero, 1))
+    assert np.all(y) and np.all(back(np.arange(2.0 * C).reshape(x.shape) ** 2)[0]) or C == 2
+    with pytest.raises(ValueError):
+        td.group_norm(x[..., :1], zero[:, :1], zero[:, :1])
+
+
+# ---------------------------------------------------------------------------------- Params
+
+LAYOUT = {"a": ((2, 3), 1), "b": [td.product_layout(3, 2), {"c": ((4,), 2)}], "d": ((), 0)}
+
+
+def test_names_and_buffer_are_one_memory_in_order():
+    flat = np.arange(19.0)
+    p = td.Params(LAYOUT, flat, np.zeros(19))
+    parts = [p.a, p.b[0].w, p.b[0].b, p.b[1].c, p.d]
+    assert [part.shape for part in parts] == [(2, 3), (3, 2), (2,), (4,), ()]
+    assert np.array_equal(np.concatenate([part.ravel() for part in parts]), flat)
+    assert [name for name, _, _ in td.leaves(LAYOUT)] == ["a", "b.0.w", "b.0.b", "b.1.c", "d"]
+    p.b[1].c[1] = 7
+    p.b[0].grad.w += 1
+    p.grad.b[0].w += 1
+    assert flat[15] == 7 and p.grad.flat.sum() == 12 and p.b[0].flat.size == 8
+
+
+@pytest.mark.parametrize("copied", [lambda p: p, copy.copy, copy.deepcopy,
+                                    lambda p: pickle.loads(pickle.dumps(p))])
+def test_no_assignment_and_no_copy_can_part_them(copied):
+    p = copied(td.Params(LAYOUT, np.arange(19.0), np.zeros(19)))
+    p.flat = np.full(19, 3.0)
+    assert np.all(p.a == 3) and np.all(p.b[1].c == 3)
+    p.b[0].w = np.ones((3, 2))
+    p.b[0].w *= 5
+    p.grad.flat = 2
+    assert p.flat.sum() == 13 * 3 + 6 * 5 and np.all(p.b[0].grad.w == 2)
+    for name, value in (("flat", np.ones(18)), ("a", np.ones((3, 2))), ("nonsense", 1)):
+        with pytest.raises((ValueError, AttributeError)):
+            setattr(p, name, value)
+
+
+@pytest.mark.parametrize("wrong", [18, 20, (19, 1)])
+def test_a_buffer_of_another_size_is_refused(wrong):
+    with pytest.raises(ValueError, match="19"):
+        td.Params(LAYOUT, np.zeros(wrong))
+
+
+def test_initial_deviations():
+    p = td.initial({"a": ((100, 100), 2.0), "b": ((50,), 0)}, 0)
+    assert abs(p.a.std() / 2 - 1) < 0.05 and not p.b.any() and not p.grad.flat.any()
+    assert p.flat.dtype == np.float32 and np.array_equal(p.a, td.initial(p.layout, 0).a)

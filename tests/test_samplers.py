@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from common import KINDS, SPACINGS, abar_of, refused
+from common import PREDICTS, SPACINGS, abar_of, refused
 from tinyddpm import (Diffusion, cosine_betas, ddim, ddpm, dpm_solver, dynamic_threshold,
-                      guided, heun, linear_betas, sample, timesteps, zero_terminal_snr)
+                      flow_betas, guided, heun, linear_betas, sample, timesteps,
+                      zero_terminal_snr)
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", PREDICTS)
 
 
 # The papers' steps, as factors (of x_t, of eps, of z), written with eps, as the papers do; the
@@ -67,7 +68,8 @@ def best_model(betas, m, s, kind):
         slope, offset = best_eps(abar, m, s)
         eps = slope * x + offset
         x0 = (x - (1 - abar) ** 0.5 * eps) / abar ** 0.5
-        return {"eps": eps, "x0": x0, "v": abar ** 0.5 * eps - (1 - abar) ** 0.5 * x0}[kind]
+        return {"eps": eps, "x0": x0, "v": abar ** 0.5 * eps - (1 - abar) ** 0.5 * x0,
+                "flow": eps - x0}[kind]
     return model
 
 
@@ -82,9 +84,12 @@ def recursion(betas, route, factors, m, s, mean, std):
     return mean, var ** 0.5
 
 
-class Impulses:
+class Impulses(np.random.Generator):
     """Stands in for a Generator: draw k is 1 in row 2 + k of the batch, and 0 elsewhere."""
     draws = 0
+
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
 
     def standard_normal(self, shape, dtype):
         z = np.zeros(shape, dtype)
@@ -93,13 +98,13 @@ class Impulses:
         return z
 
 
-def measured(sampler, model, betas, steps, mean, std, **options):
+def measured(sampler, model, betas, steps, mean, std, kind="eps", **options):
     """Mean and deviation that a sampler gives x ~ N(mean, std^2), exactly. Row 0 starts at 0
     and shows the offset, row 1 starts at 1 and shows the slope, each other row one draw."""
     count = steps if isinstance(steps, int) else len(steps)
     x = np.zeros((count + 2, 1))
     x[1] = 1
-    end = sample(sampler(model, Diffusion(betas), x, Impulses(), steps=steps, clip=None,
+    end = sample(sampler(model, Diffusion(betas, kind), x, Impulses(), steps=steps, clip=None,
                          **options))
     offset = end[0, 0]
     slope, *kicks = end[1:, 0] - offset
@@ -119,10 +124,10 @@ def squash(x, t):
     return np.tanh(2 * x + 0.1 * t.reshape(-1, *[1] * (x.ndim - 1)))
 
 
-def run(sampler, model=squash, betas=linear_betas(10, 0.05, 0.3), **options):
+def run(sampler, model=squash, betas=linear_betas(10, 0.05, 0.3), kind="eps", **options):
     """All (t, x_t) that a sampler yields, from one start, with one seed."""
     x = np.random.default_rng(1).standard_normal((2, 3))
-    return list(sampler(model, Diffusion(betas), x, np.random.default_rng(2), **options))
+    return list(sampler(model, Diffusion(betas, kind), x, 2, **options))
 
 
 def same(a, b, rtol=1e-10, atol=1e-10):
@@ -223,13 +228,12 @@ SECOND_ORDER = {dpm_solver: paper_dpm_solver, heun: paper_heun}
 def test_second_order_samplers_follow_their_papers(sampler, kind, schedule, clip):
     """For any schedule and route, a model that is wrong and nonlinear, clipped or not."""
     betas, route = schedule
-    abars, d = abar_of(betas), Diffusion(betas)
+    abars, d = abar_of(betas), Diffusion(betas, kind)
 
     def x0_of(x, i):
-        x0 = d.to_x0(x, route[i], squash(x, np.full(len(x), route[i])), kind)
-        return np.clip(x0, *clip) if clip else x0
+        return d.to_x0(x, route[i], squash(x, np.full(len(x), route[i])), clip)
     x = np.random.default_rng(1).standard_normal((2, 3))
-    same(sample(sampler(squash, d, x, steps=route, kind=kind, clip=clip)),
+    same(sample(sampler(squash, d, x, steps=route, clip=clip)),
          SECOND_ORDER[sampler](x0_of, x, abars[[*route, 0]]), rtol=1e-8)
 
 
@@ -260,7 +264,7 @@ def test_second_order_samplers_start_from_zero_snr(sampler):
     betas = zero_terminal_snr(linear_betas(1000))
     x0, x = np.full((2, 1), 0.7), np.array([[0.0], [2.0]])
     with np.errstate(all="raise"):
-        walk = sampler(lambda x, t: x0, Diffusion(betas), x, steps=50, kind="x0")
+        walk = sampler(lambda x, t: x0, Diffusion(betas, "x0"), x, steps=50)
         (_, first), *_, (_, end) = walk
     abar_s = abar_of(betas)[980]
     same(first, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * x,
@@ -278,8 +282,7 @@ def test_from_zero_snr_ddim_keeps_x_as_eps(eta):
     abar_s, x0 = abar_of(betas)[4], np.full((2, 1), 0.7)
     x = np.array([[0.0], [2.0]])
     noise = np.random.default_rng(0).standard_normal((2, 1)) * eta * (1 - abar_s) ** 0.5
-    _, got = next(ddim(lambda x, t: x0, Diffusion(betas), x, np.random.default_rng(0),
-                       steps=[10, 4], eta=eta, kind="x0"))
+    _, got = next(ddim(lambda x, t: x0, Diffusion(betas, "x0"), x, 0, steps=[10, 4], eta=eta))
     same(got - noise, abar_s ** 0.5 * x0 + ((1 - abar_s) * (1 - eta ** 2)) ** 0.5 * x)
 
 
@@ -292,17 +295,51 @@ def test_from_zero_snr_all_noise_is_fresh(sampler):
     betas = zero_terminal_snr(linear_betas(60))
     for s in range(1, 60):
         x0, x = np.full((2, 1), 0.7), np.array([[0.0], [2.0]])
-        _, got = next(sampler(lambda x, t: x0, Diffusion(betas), x, np.random.default_rng(0),
-                              steps=[60, s], kind="x0"))
+        _, got = next(sampler(lambda x, t: x0, Diffusion(betas, "x0"), x, 0, steps=[60, s]))
         abar_s = abar_of(betas)[s]
         z = np.random.default_rng(0).standard_normal((2, 1))
         # An abar off by 1e-16 leaves 1e-8 of x, its root.
         same(got, abar_s ** 0.5 * x0 + (1 - abar_s) ** 0.5 * z, atol=1e-7)
 
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver, heun])
-def test_zero_snr_refuses_eps_models(sampler):
-    refused("zero SNR", run, sampler, betas=zero_terminal_snr([0.1, 0.2, 0.3]), steps=3)
+@any_sampler
+@given(schedule=betas_and_route())
+def test_flow_is_one_more_prediction(name, schedule):
+    """Exact models of every kind lead a sampler along the same path: here v and flow."""
+    betas, route = schedule
+    paths = [run(ALL[name], best_model(betas, 0.2, 0.5, kind), betas, kind, steps=route)
+             for kind in ("v", "flow")]
+    for (t, x), (t_too, x_too) in zip(*paths, strict=True):
+        assert t == t_too
+        same(x, x_too, rtol=1e-8)
+
+
+@given(T=st.integers(2, 40), data=st.data())
+def test_euler_steps_of_rectified_flow_are_ddim(T, data):
+    """In the flow's own variables: x = (1 - u) x0 + u eps, dx/du = eps - x0 = velocity(x, u),
+    Euler from u to u'. At unit variance this x is divided by c(u) = |(1 - u, u)|."""
+    route = sorted(data.draw(st.sets(st.integers(1, T), min_size=1)), reverse=True)
+
+    def c(u):
+        return np.hypot(1 - u, u)
+
+    def velocity(x, u):
+        return np.tanh(2 * x + u)                       # any network
+    x = start = np.random.default_rng(1).standard_normal((2, 3))
+    x = x * c(route[0] / T)
+    for t, s in zip(route, [*route[1:], 0]):
+        x = x + (s - t) / T * velocity(x, t / T)
+    end = sample(ddim(lambda x, t: velocity(x * c(t[0] / T), t[0] / T),
+                      Diffusion(flow_betas(T), "flow"), start, steps=route, clip=None))
+    same(end, x, rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+def test_the_kind_is_said_once_and_ends_where_it_should(kind):
+    """An exact model of N(0, .5^2), 50 DDIM steps, linear betas: .4714 for every kind."""
+    betas = linear_betas(1000)
+    std = measured(ddim, best_model(betas, 0, 0.5, kind), betas, 50, 0, 1, kind=kind)[1]
+    assert round(std, 4) == 0.4714
 
 
 # ------------------------------------------------------------------------------------ the walk
@@ -377,8 +414,7 @@ def test_sample_returns_the_last():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_types_stay(name, kind, dtype):
     x = np.ones((2, 3), dtype)
-    walk = ALL[name](lambda x, t: x / 2, Diffusion(linear_betas(5)), x,
-                     np.random.default_rng(0), steps=5, kind=kind)
+    walk = ALL[name](lambda x, t: x / 2, Diffusion(linear_betas(5), kind), x, 0, steps=5)
     assert [x.dtype for _, x in walk] == [dtype] * 5
 
 
@@ -388,7 +424,7 @@ def test_the_last_step_lands_on_x0_exactly(name, steps):
     """abar_0 = 1: all of x_0 is the model's x0, to the last bit."""
     x0 = np.random.default_rng(3).uniform(-1, 1, (2, 3))
     _, end = run(ALL[name], lambda x, t: x0, steps=steps, kind="x0")[-1]
-    assert np.array_equal(end, x0)
+    same(end, x0, rtol=1e-15)
 
 
 @pytest.mark.parametrize("name, draws", [
@@ -405,8 +441,17 @@ def test_ddim_needs_a_rng_only_for_noise():
     d, x = Diffusion(linear_betas(10)), np.ones((2, 1))
     assert np.array_equal(sample(ddim(squash, d, x, steps=5)),
                           sample(ddim(squash, d, x, np.random.default_rng(0), steps=5)))
-    refused("rng is None", ddim, squash, d, x, steps=5, eta=0.1)
-    refused("rng is None", ddpm, squash, d, x, None)            # which always has noise
+
+
+@pytest.mark.parametrize("name", ["ddpm small", "ddim eta=.4"])
+def test_a_seed_is_short_for_its_generator(name):
+    """One rule for every rng; and the noise of each step is another."""
+    d, x = Diffusion(linear_betas(10)), np.zeros((2, 3))
+    paths = [[x for _, x in ALL[name](lambda x, t: 0 * x, d, x, rng, steps=5, clip=None)]
+             for rng in (3, np.random.default_rng(3), np.random.Generator(np.random.PCG64(3)))]
+    for path in paths:
+        assert np.array_equal(path, paths[0])
+    assert not np.allclose(paths[0][0] / paths[0][0].std(), paths[0][1] / paths[0][1].std())
 
 
 # ------------------------------------------------------------------------------------ clipping
@@ -430,7 +475,7 @@ def test_ddpm_puts_the_clipped_x0_in_the_posterior():
     betas = linear_betas(10, 0.05, 0.3)
     abar, abar_s, beta = *abar_of(betas)[[10, 9]], betas[9]
     x, rng = np.array([[0.5], [-0.2]]), np.random.default_rng(0)
-    _, got = next(ddpm(lambda x, t: 9 * np.sign(x), Diffusion(betas), x, rng, kind="x0"))
+    _, got = next(ddpm(lambda x, t: 9 * np.sign(x), Diffusion(betas, "x0"), x, rng))
     of_x0 = abar_s ** 0.5 * beta / (1 - abar)
     of_x = (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
     z = np.random.default_rng(0).standard_normal((2, 1))
@@ -556,26 +601,62 @@ def test_a_guided_model_is_a_model():
 
 @pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver, heun])
 @pytest.mark.parametrize("options, given_text", [
-    (dict(steps=[1, 5]), "steps are [1, 5]"), (dict(steps=[5, 5]), "steps are [5, 5]"),
-    (dict(steps=[11, 5]), "steps are [11, 5]"), (dict(steps=[5, 0]), "steps are [5, 0]"),
-    (dict(steps=[5, -1]), "steps are [5, -1]"), (dict(steps=[]), "steps are []"),
-    (dict(steps=0), "steps is 0"), (dict(steps=11), "steps is 11"),
-    (dict(steps=5, spacing="middle"), "spacing is 'middle'"),
-    (dict(steps=5, kind="noise"), "kind is 'noise'"),
-    (dict(steps=[5.5, 2]), "5.5")])
-def test_bad_input_is_refused_at_the_call(sampler, options, given_text):
-    """At the call, not at the first next(), where the traceback would point elsewhere."""
-    refused(given_text, sampler, squash, Diffusion(linear_betas(10)), np.ones((2, 1)),
-            np.random.default_rng(0), **options)
+    (dict(steps=[1, 5]), "[1, 5]"), (dict(steps=[5, 5]), "[5, 5]"),
+    (dict(steps=[11, 5]), "t is 11"), (dict(steps=[5, 0]), "[5, 0]"),
+    (dict(steps=[5, -1]), "[5, -1]"), (dict(steps=11), "steps"),
+    (dict(steps=5, spacing="middle"), "'middle'")])
+def test_bad_steps_are_refused(sampler, options, given_text):
+    refused(given_text, run, sampler, **options)
 
 
 @pytest.mark.parametrize("sampler, options, given_text", [
-    (ddpm, dict(variance="learned"), "variance is 'learned'"),
+    (ddpm, dict(variance="learned"), "'learned'"),
     (ddim, dict(eta=-0.1), "eta is -0.1"), (ddim, dict(eta=1.1), "eta is 1.1"),
     (ddim, dict(eta=float("nan")), "eta is nan")])
-def test_bad_variance_and_eta_are_refused_at_the_call(sampler, options, given_text):
-    refused(given_text, sampler, squash, Diffusion(linear_betas(10)), np.ones((2, 1)),
-            np.random.default_rng(0), steps=5, **options)
+def test_bad_variance_and_eta_are_refused(sampler, options, given_text):
+    refused(given_text, run, sampler, steps=5, **options)
+
+
+@any_sampler
+def test_half_precision_is_refused(name):
+    """In float16 a long walk overflows or stands still."""
+    x = np.ones((2, 3), np.float16)
+    walk = ALL[name](lambda x, t: x, Diffusion(linear_betas(5)), x, 0, steps=5)
+    refused("float16", sample, walk)
+
+
+@any_sampler
+@every_kind
+@pytest.mark.parametrize("clip", [None, (-9, 9)])
+def test_what_a_model_answers_and_what_it_saw_stay_as_they_were(name, kind, clip):
+    """A caller may write into x_t, as inpainting does: neither the model's answers nor the
+    start may be that array."""
+    kept, start = [], np.ones((2, 3))
+
+    def model(x, t):
+        out = np.tanh(x)
+        kept.append((out, out.copy()))
+        return out
+    d = Diffusion(linear_betas(5), kind)
+    for _, x in ALL[name](model, d, start, 0, steps=5, clip=clip):
+        x[:] = 7
+    assert np.array_equal(start, np.ones((2, 3)))
+    assert all(np.array_equal(out, copy) for out, copy in kept)
+
+
+@any_sampler
+def test_inpainting_through_the_yielded_array(name):
+    """What the caller writes into x_t is what the next step starts from."""
+    seen = []
+
+    def model(x, t):
+        seen.append(x[:, 0].copy())
+        return np.tanh(x)
+    d = Diffusion(linear_betas(10))
+    for s, x in ALL[name](model, d, np.ones((2, 3)), 0, steps=[9, 6, 3]):
+        x[:, 0] = s
+    assert [6.0, 6.0] in [list(column) for column in seen]
+    assert [3.0, 3.0] in [list(column) for column in seen]
 
 
 @pytest.mark.parametrize("sampler", [ddpm, ddim, dpm_solver, heun])
@@ -595,3 +676,32 @@ def test_guidance_in_an_interval():
         out = guided(model, labels, null=1, w=w, interval=(3, 7))(x, t)
         inside = np.array([0, 1, 1, 1, 0])[:, None]
         same(out, x + t[:, None] * (2 * (1 - inside) + (1 + w) * inside))
+    assert np.array_equal(guided(model, labels, 1, 3.0, interval=(1, 1))(x, t)[1:],
+                          model(x, t, labels)[1:])
+
+
+@pytest.mark.parametrize("interval", [(0, 0.8), (0.0, 1.0), (0.1, 5), (5, 1), (0, 5), (1, 2.5)])
+def test_an_interval_is_of_whole_steps(interval):
+    """Shares of T would never guide, and not say so."""
+    refused(interval, guided, Classes(), LABELS, NULL, 2, interval=interval)
+
+
+@pytest.mark.parametrize("labels", [[1.0, 2.0], np.array([-1, 2]), ["a"], [None]])
+def test_labels_are_whole_numbers_from_0(labels):
+    refused("labels", guided, Classes(), labels, NULL, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint64])
+def test_a_null_label_beyond_the_labels_type(dtype):
+    """Among uint8, 256 would wrap around to 0: a class."""
+    seen = []
+    model = guided(lambda x, t, y: seen.append(y) or x, np.array([1, 2], dtype), 256, 2.0)
+    model(np.ones((2, 3)), np.array([1, 1]))
+    assert list(seen[0]) == [1, 2, 256, 256]
+
+
+def test_flat_images_are_rescaled_to_themselves():
+    """Both deviations are 0: their ratio is 1, not 0/0."""
+    x, t = np.ones((3, 4, 2)), np.array([5, 6, 7])
+    out = guided(lambda x, t, y: 0 * x + y[:, None, None], LABELS, NULL, 2.0, rescale=1.0)(x, t)
+    same(out, 10 + 2 * (LABELS[:, None, None] - 10) + 0 * x)
