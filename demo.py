@@ -571,7 +571,7 @@ def load_classifier(args):
     path, key = args.out / "classifier.npz", "2 " + crc(images, labels)
     layout = classifier_layout(images.shape[1:], int(labels.max()) + 1)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             if str(file["key"]) == key:
                 return td.Params(layout, xp.asarray(file["params"])), images
     except Exception:       # not there, or damaged, which fails in many ways
@@ -611,7 +611,7 @@ def frechet(a, b):
 def load_samples(path, image):
     """Images x (N, H, W, C) and labels y (N,) that `sample --save` or another program wrote."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             x, y = file["x"], file["y"]
     except FileNotFoundError:
         raise

@@ -1,6 +1,6 @@
 """How many small faults in tinyddpm.py do the default tests find?
 
-    python tests/mutate.py [--section NAME ...] [--sample N] [--seed S] [--quick]
+    python benchmarks/mutate.py [--section NAME ...] [--sample N] [--seed S] [--quick]
 
 Each mutant is tinyddpm.py with one small change: another operator, a number or an index one
 larger, a condition negated, an argument dropped, and so on (see `variants`). It is killed if a
@@ -54,59 +54,23 @@ try:
 except Exception:
     pass
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "tests"
 SOURCE = HERE.parent / "tinyddpm.py"
+sys.path.insert(0, str(HERE))
 SECTIONS = {    # as its comment lines have them: a short name, and the tests to begin with
-    "backend, and checks": ("backend", ["backend"]),
     "noise schedules": ("schedules", ["schedules"]),
     "the forward process": ("diffusion", ["diffusion"]),
     "samplers and guidance": ("samplers", ["samplers", "schedules"]),
-    "layers": ("layers", ["layers"]),
+    "parameters and layers": ("layers", ["layers", "unet"]),
     "U-Net": ("unet", ["unet", "layers"]),
-    "training": ("training", ["training", "checkpoint"]),
+    "training": ("training", ["training"]),
+    "checkpoints": ("checkpoints", ["checkpoint"]),
+    "likelihood": ("likelihood", ["diffusion"]),
     "the gradient check": (None, [])}
 OWN = {short: [HERE / f"test_{name}.py" for name in own] for short, own in SECTIONS.values()}
 FILES = [path for path in sorted(HERE.glob("test_*.py")) if path.name != "test_demo.py"]
 
 EQUIVALENT = {      # what a mutant has in its changed statement, and the original has not
-    # schedules
-    "max_beta=2.0": "abar is at least 0, so that no beta passes 1 anyway",
-    "f * f[0]": "betas_from_abar takes ratios, where any constant factor cancels",
-    "f / f[1]": "the same",
-    # Diffusion
-    "arrays[1]), factor((1": "the arrays are of one shape, and have one type in all use",
-    "** 0.5, arrays[1]))": "the same",
-    "arrays[1].shape[:1]": "all have one shape by then; a (B,) t never comes with one array",
-    "t if not t.ndim": "NumPy's a[t] gives a scalar for a t of 0 dimensions as for an integer",
-    "x <= -0.999": "no byte lies there",
-    "x >= 0.999": "no byte lies there",
-    "low + high >= 0": "at 0 the two ends only change places",
-    "low + high > 1": "as near to the middle as that, either form keeps its digits",
-    # samplers
-    "np.log(diffusion.snr) * 2": "share is a ratio of differences of lambda: the scale cancels",
-    "np.log(diffusion.snr) / 3": "the same",
-    # layers
-    "return xp.multiply(dy, slope)": "memory only",
-    "xp.ones((2, H * W), x.dtype)": "the second row is computed and not read",
-    "(H * W * C / groups)": "groups divides C",
-    "repeat(C / groups, 1)": "groups divides C, and NumPy takes a whole float",
-    "rng.random(x.shape) >= rate": "the same law drawn from float64: half as fast",
-    "(C / heads) **": "heads divides C",
-    "half = width / 2": "width is even, and arange takes a whole float",
-    # U-Net
-    "model, threads, chunk=33": "chunks change only the speed",
-    "n = len(arrays[1])": "all are of the batch's length",
-    # training
-    "abs(d) <= 1": "at 1 both forms are 1/2",
-    "not threads > 1 else map": "threads change only the speed",
-    "threads >= 1 else map": "the same",
-    "threads > 2 else map": "the same",
-    "threads=2": "the same",
-    "chunk=17": "chunks change only the speed",
-    "pass  # file.flush()": "zipfile flushes what it has written, though it need not",
-    "size <= 1.001": "a tolerance; nothing lies on its edge",
-    "np.load(path) as file": "NumPy's default too",
-    "total - length": "finite exactly where both are, as the sum is",
 }
 
 # ----------------------------------------------------------------------------------- mutants

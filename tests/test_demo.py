@@ -268,7 +268,7 @@ def test_download_where_nobody_answers(web, tmp_path):
 def test_write_makes_the_file_and_its_directories(tmp_path):
     path = tmp_path / "a" / "b" / "c.txt"
     for text in ("old", "new"):
-        demo.write(path, lambda temporary: temporary.write_text(text))
+        demo.write(path, lambda file: file.write(text.encode()))
         assert path.read_text() == text and list(path.parent.iterdir()) == [path]
 
 
@@ -278,8 +278,8 @@ def test_write_that_fails_leaves_the_old_file(error, tmp_path):
     path = tmp_path / "c.txt"
     path.write_text("old")
 
-    def make(temporary):
-        temporary.write_text("ne")
+    def make(file):
+        file.write(b"ne")
         raise error
 
     with pytest.raises(error):
@@ -327,8 +327,8 @@ def test_the_loss_is_drawn_for_any_number_of_steps(count, tmp_path):
 
 def all_of(path):
     """What training leaves: all arrays, the step and the losses."""
-    net, state, settings = td.load(path)
-    return [net.params.flat, state.ema.flat, state.adam.m, state.adam.v,
+    net, _, state, settings = td.load(path)
+    return [net.params.flat, state.ema.flat, state.optimizer.m, state.optimizer.v,
             np.array(settings["losses"]), np.array(state.step)]
 
 
@@ -340,7 +340,8 @@ def assert_same_run(path, other):
 def test_train_writes_its_four_files(trained):
     assert sorted(path.name for path in trained.iterdir()) \
         == ["denoising.png", "loss.png", "model.npz", "samples.png"]
-    net, state, settings = td.load(trained / "model.npz")
+    net, diffusion, state, settings = td.load(trained / "model.npz")
+    assert diffusion.T == 100 and diffusion.predicts == "v"
     assert net.image == (SIZE, SIZE, 1) and net.classes == CLASSES and state.step == 6
     assert len(settings["losses"]) == 6 and settings["losses"][-1] == state.loss
     for name in ("samples", "denoising", "loss"):
@@ -403,15 +404,7 @@ def test_fresh_starts_over(trained, data, tmp_path, sheets):
 def test_any_number_of_levels(channels, data, tmp_path, sheets):
     """--channels decides how many there are, whatever the default has."""
     run("train", *SMALL[:4], "--channels", *channels, "--data", data, "--out", tmp_path)
-    assert demo.trained(tmp_path).net.config["channels"] == tuple(map(int, channels))
-
-
-def test_a_training_that_blows_up_says_so(data, tmp_path, monkeypatch):
-    """tinyddpm's error, made here by an initial value that is not finite."""
-    monkeypatch.setattr(td, "initial", lambda layout, rng: np.full(td.size_of(layout), np.nan))
-    with np.errstate(all="ignore"):
-        assert "try a lower one" in complaint("train", *SMALL, "--lr", "1", "--data", data,
-                                              "--out", tmp_path)
+    assert demo.trained(tmp_path).net.channels == tuple(map(int, channels))
 
 
 def test_ctrl_c_once_asks_and_twice_stops():
@@ -481,7 +474,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(whole_run):
     assert child.returncode == 1 and "Traceback" not in said
     step = int(re.search(r"stopped after step (\d+) of 40, which .*model.npz holds; the same "
                          r"command goes on", said)[1])
-    assert 1 <= step < 40 and td.load(other)[1].step == step
+    assert 1 <= step < 40 and td.load(other)[2].step == step
     run(*options, "--out", other.parent)
     assert_same_run(whole, other)
 
@@ -493,7 +486,7 @@ def test_a_kill_while_saving_loses_no_saved_step(whole_run):
     with start(KILLED, *options, "--out", other.parent) as child:
         said = child.communicate(timeout=60)[1].decode()
     assert child.returncode == -signal.SIGKILL, said
-    assert td.load(other)[1].step == 2
+    assert td.load(other)[2].step == 2
     run(*options, "--out", other.parent)
     assert_same_run(whole, other)
 
@@ -520,15 +513,15 @@ def test_a_checkpoint_that_is_none(command, damage, trained, tmp_path, monkeypat
     """Damaged, or tinyddpm's but not the demo's own: its name, in one sentence."""
     monkeypatch.setattr(demo, "train_classifier", no_training)
     path = tmp_path / "model.npz"
-    net, state, _ = td.load(trained / "model.npz")
+    net, diffusion, state, _ = td.load(trained / "model.npz")
     if damage == "cut":
         path.write_bytes((trained / "model.npz").read_bytes()[:-1000])
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "a network alone":
-        td.save(path, net)
+        td.save(path, net, diffusion)
     else:
-        td.save(path, net, state, note="of another program")
+        td.save(path, net, diffusion, state, note="of another program")
     assert f"{path} " in complaint(command, "--out", tmp_path)
 
 
@@ -545,16 +538,14 @@ def test_an_unknown_digit(digit, trained, data, tmp_path):
     assert f"is {digit};" in text and "0..2" in text
 
 
-@pytest.mark.parametrize("words, named", [
-    ("--channels 5 8 8", "(5, 8, 8)"), ("--data nowhere", "nowhere")])
-def test_train_refuses_in_one_sentence(words, named, data, tmp_path):
+def test_train_refuses_in_one_sentence(tmp_path):
     """Also without the word train."""
-    assert named in complaint("--steps", "2", "--data", data, "--out", tmp_path, *words.split())
+    assert "nowhere" in complaint("--steps", "2", "--out", tmp_path, "--data", "nowhere")
 
 
 def test_more_steps_than_there_are(trained):
-    assert "101" in complaint("sample", "--steps", "101", "--out", trained)
-    assert "101" in complaint("speed", "--full", "101", "--out", trained)
+    assert "descend" in complaint("sample", "--steps", "101", "--out", trained)
+    assert "descend" in complaint("speed", "--full", "101", "--out", trained)
 
 
 @pytest.mark.parametrize("words", [
@@ -656,7 +647,7 @@ def test_guidance_decides_how_much_the_label_counts(trained, sheets):
 
 def test_the_average_draws_and_not_the_last_step(trained):
     """Model holds the EMA, of which tinyddpm says that it draws better."""
-    net, state, _ = td.load(trained / "model.npz")
+    net, _, state, _ = td.load(trained / "model.npz")
     assert np.any(net.params.flat != state.ema.flat)
     assert np.array_equal(demo.trained(trained).net.params.flat, state.ema.flat)
 
@@ -704,7 +695,7 @@ def test_guidance(trained, capsys, sheets, monkeypatch):
 def test_forward(schedule, data, tmp_path, capsys, sheets):
     """One digit at six steps, with the table's numbers; the first frame is nearly the digit."""
     run("forward", "--digit", "1", "--schedule", schedule, "--data", data, "--out", tmp_path)
-    diffusion = td.Diffusion(td.SCHEDULES[schedule](1000))
+    diffusion = td.Diffusion(td.SCHEDULES[schedule](1000), "v")
     table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [int(t) for t, _, _ in table] == [1, 100, 250, 500, 750, 1000]
     for t, abar, snr in table:
@@ -742,7 +733,7 @@ def test_bpd(trained, data, capsys):
     pick = rng.permutation(12)[:2]
     model = demo.trained(trained)
     bound = model.diffusion.bits_per_dim(lambda x, t: model.net(x, t, labels[pick]),
-                                         images[pick], rng, "v")
+                                         images[pick], rng)
     assert total == pytest.approx(float(bound["total"]), abs=6e-4)
     assert plt.imread(trained / "bpd.png").ndim == 3
 
@@ -753,11 +744,11 @@ def test_export_holds_the_average_in_half_the_bytes(trained, tmp_path):
     """float16 of the EMA, and no State. Drawing computes in float32 with it."""
     path = tmp_path / "weights" / "some.npz"
     run("export", "--out", trained, "--weights", path)
-    _, state, _ = td.load(trained / "model.npz")
-    net, none, settings = td.load(path)
-    assert none is None and net.params.flat.dtype == np.float16
+    _, _, state, _ = td.load(trained / "model.npz")
+    net, diffusion, none, settings = td.load(path)
+    assert none is None and path.stat().st_size < 2.5 * net.params.flat.size
     assert np.array_equal(net.params.flat, state.ema.flat.astype(np.float16))
-    assert settings["kind"] == "v" and "losses" not in settings
+    assert diffusion.predicts == "v" and "losses" not in settings
     (tmp_path / "model.npz").write_bytes(path.read_bytes())
     model = demo.trained(tmp_path)
     assert model.net.params.flat.dtype == model.draw(np.arange(2), 0, steps=2).dtype == "f4"
@@ -784,8 +775,7 @@ def stub(monkeypatch, data):
 
     def quick(images, labels):
         layout = demo.classifier_layout(images.shape[1:], int(labels.max()) + 1)
-        numbers = td.initial(layout, np.random.default_rng(9)).astype(np.float32)
-        made.append(td.Tree(layout, numbers))
+        made.append(td.initial(layout, 9))
         return made[-1]
     monkeypatch.setattr(demo, "train_classifier", quick)
     parse = demo.parser
@@ -799,35 +789,18 @@ def stub(monkeypatch, data):
     return made
 
 
-def assert_slope(f, a, da, h=1e-6):
-    """Along three random directions, f changes as the gradient da by a says."""
-    start, rng = a.copy(), np.random.default_rng(4)
-    for _ in range(3):
-        u = rng.standard_normal(a.shape)
-        values = []
-        for shift in (h, -h):
-            a[...] = start + shift * u
-            values.append(f())
-        a[...] = start
-        assert (values[0] - values[1]) / (2 * h) == pytest.approx((u * da).sum(), rel=1e-6)
-
-
 def test_the_gradient_of_the_classifier():
     """Every parameter's, against finite differences in float64."""
     rng = np.random.default_rng(5)
-    layout = demo.classifier_layout((8, 4, 2), 5)
-    p = td.Tree(layout, td.initial(layout, rng) + 0.1 * rng.standard_normal(td.size_of(layout)))
-    g = td.Tree(layout, np.zeros_like(p.flat))
-    x, cotangent = rng.standard_normal((3, 8, 4, 2)), rng.standard_normal((3, 5))
-    features, logits, back = demo.classify(p, x)
-    assert features.shape == (3, 64) and logits.shape == (3, 5)
-    back(cotangent, g)
-    parts = [(part.flat, its.flat) for one, other in zip(p.stages, g.stages)
-             for part, its in ((one.conv, other.conv), (one.norm, other.norm))]
-    parts += [(p.features.flat, g.features.flat), (p.out.flat, g.out.flat)]
-    assert sum(part.size for part, _ in parts) == p.flat.size
-    for part, its in parts:
-        assert_slope(lambda: (cotangent * demo.classify(p, x)[1]).sum(), part, its)
+    p = td.initial(demo.classifier_layout((8, 4, 2), 5), rng)
+    x = rng.standard_normal((3, 8, 4, 2))
+
+    def layer(p):
+        features, logits, back = demo.classify(p, x)
+        assert features.shape == (3, 64) and logits.shape == (3, 5)
+        return logits, back
+    errors = dict(td.gradient_errors(layer, p, []))
+    assert len(errors) == 3 * 4 + 4 and max(errors.values()) < 1e-6
 
 
 def test_the_classifier_learns():
@@ -877,10 +850,10 @@ def test_a_damaged_classifier_is_made_anew(data, tmp_path, stub):
         path.write_bytes(good[:length])
         assert np.array_equal(load(), numbers)
     assert len(stub) == 6
-    for place in (*range(200), len(good) // 2, *range(len(good) - 400, len(good))):
+    for place in (*range(0, 200, 7), len(good) // 2, *range(len(good) - 400, len(good), 7)):
         path.write_bytes(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1:])
         assert np.array_equal(load(), numbers), place
-    assert len(stub) > 300
+    assert len(stub) > 50
 
 
 def test_four_pads_with_black():

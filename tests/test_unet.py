@@ -120,7 +120,8 @@ def drawn(net, x, t, y, drop=lambda h: h):
 
 @pytest.mark.parametrize("options", [
     dict(), dict(classes=0), dict(space_to_depth=True), dict(attention=(0, 1), heads=2),
-    dict(channels=(4,), attention=()), dict(channels=(8, 4, 6), blocks=(1, 2, 1), attention=(2,), heads=3),
+    dict(channels=(4,), attention=()),
+    dict(channels=(8, 4, 6), blocks=(1, 2, 1), attention=(2,), heads=3),
     dict(image=(7, 3, 3), channels=(4, 6), blocks=2, space_to_depth=True, attention=(0,)),
     dict(image=(1, 1, 1), channels=(4, 8)), dict(channels=(16, 24), attention=(1,), heads=1)],
     ids=str)
