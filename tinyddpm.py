@@ -802,7 +802,7 @@ LOSSES = {      # of the error d, element by element: the loss and its slope
     "huber": lambda d: (xp.where(abs(d) < 1, d * d / 2, abs(d) - 0.5), xp.clip(d, -1, 1)),
 }
 
-def draw_batch(diffusion, images, labels, null, rng, batch=64, label_drop=0.1):
+def draw_batch(diffusion, images, labels, null, rng, batch, label_drop):
     """DDPM Algorithm 1's x0, t, y, eps; at a rate of label_drop y is null (CFG Algorithm 1)."""
     pick = rng.integers(len(images), size=batch)
     # One t from each of `batch` equal parts of 1..T: less noise than of independent ones (VDM).

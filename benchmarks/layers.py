@@ -30,28 +30,26 @@ def cases():
     rng = np.random.default_rng(0)
 
     def with_parameters(layer, layout, *options):
-        p = td.Tree(layout, 0.1 * td.normal(rng, td.size_of(layout)))
-        g = td.Tree(layout, np.zeros_like(p.flat))
-
-        def run(x):
-            y, back = layer(p, x, *options)
-            return y, lambda dy: back(dy, g)
-        return run
+        p = td.initial(layout, rng)
+        p.flat = 0.1 * td.normal(rng, p.flat.shape)
+        return lambda x: layer(p, x, *options)
 
     found = {}
     for side, C, D in ((28, 1, 16), (28, 16, 16), (28, 16, 1), (14, 32, 32), (7, 64, 64)):
         found[f"conv3x3 {side}x{side} {C:2} -> {D}"] = (
-            with_parameters(td.conv3x3, td.conv_layout(C, D)), (IMAGES, side, side, C),
+            with_parameters(td.conv3x3, td.product_layout(3, 3, C, D)), (IMAGES, side, side, C),
             2 * IMAGES * side * side * 9 * C * D)
     for side, C in ((28, 16), (14, 32), (7, 64)):
         shape = IMAGES, side, side, C
         found[f"norm    {side}x{side} {C}"] = (
             with_parameters(td.norm, td.norm_layout(C)), shape, 0)
         found[f"silu    {side}x{side} {C}"] = (td.silu, shape, 0)
-    found["down    28x28 16"] = (td.down, (IMAGES, 28, 28, 16), 0)
-    found["up      14x14 16"] = (td.up, (IMAGES, 14, 14, 16), 0)
+    found["average_pool 28x28 16"] = (
+        lambda x: (td.average_pool(x), lambda dy: td.upsample(dy) / 4), (IMAGES, 28, 28, 16), 0)
+    found["upsample 14x14 16"] = (
+        lambda x: (td.upsample(x), lambda dy: 4 * td.average_pool(dy)), (IMAGES, 14, 14, 16), 0)
     found["linear  7x7 64 -> 192"] = (
-        with_parameters(td.linear, td.linear_layout(64, 192)), (IMAGES, 7, 7, 64),
+        with_parameters(td.linear, td.product_layout(64, 192)), (IMAGES, 7, 7, 64),
         2 * IMAGES * 49 * 64 * 192)
     found["attention 7x7 64"] = (
         with_parameters(td.attention, td.attention_layout(64), 1), (IMAGES, 7, 7, 64),

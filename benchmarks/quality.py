@@ -9,6 +9,7 @@ the moving average of the parameters, and scored by the classifier of `python de
 PyTorch is needed for its half alone: pip install torch
 """
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -30,7 +31,7 @@ def in_tinyddpm(diffusion, images, labels, steps, seed):
     net = demo.network(seed=seed)
     for state in td.train(net, diffusion, images, labels, steps=steps, batch=demo.BATCH,
                           threads=demo.THREADS, rng=seed + 1, **demo.TRAINING):
-        yield lambda: net.twin(state.ema.flat)
+        yield lambda: net.with_params(state.ema.flat)
 
 
 def in_torch(diffusion, images, labels, steps, seed):
@@ -39,8 +40,9 @@ def in_torch(diffusion, images, labels, steps, seed):
     twin = TorchUNet(net).to(memory_format=torch.channels_last)
     step = vs_torch.TorchStep(twin, twin, diffusion, images, labels, demo.BATCH, muon=True)
     for i in range(steps):
-        step(td.learning_rate(i, steps, demo.TRAINING["lr"], 100), i)
-        yield lambda: net.twin(twin.flat(net, step.ema))
+        lr = demo.TRAINING["lr"] * min(1, (i + 1) / 100)
+        step(lr * (1 + math.cos(math.pi * i / steps)) / 2, i)
+        yield lambda: net.with_params(twin.flat(net, step.ema))
 
 
 def main():
@@ -55,7 +57,7 @@ def main():
     torch.set_num_threads(demo.THREADS)
     args.data = demo.HERE / "data"
     images, labels = demo.load_digits(args.data, "train")
-    diffusion = td.Diffusion(td.SCHEDULES[demo.SCHEDULE](demo.T))
+    diffusion = td.Diffusion(td.SCHEDULES[demo.SCHEDULE](demo.T), demo.PREDICTS)
     classifier, reference = demo.load_classifier(args)
     features = demo.read(classifier, reference)[0]
     runs = {"tinyddpm": in_tinyddpm, "PyTorch": in_torch}
@@ -74,7 +76,7 @@ def main():
             for net in run(diffusion, images, labels, steps, 0):
                 pass
             took = (time.perf_counter() - start) / 60
-            model = demo.Model(net(), diffusion, demo.TRAINING["kind"])
+            model = demo.Model(net(), diffusion)
             read, seen = demo.read(classifier, demo.pad_to_fours(model.draw(wanted, 0)))
             rows[name].append((took, np.mean(seen == wanted), demo.frechet(features, read)))
             print("{:12}{:8g}{:8}{:8.2f}{:10.1%}{:9.3f}".format(

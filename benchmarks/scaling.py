@@ -38,14 +38,14 @@ def measure(batch, width, side, threads, calls):
     demo.keep_memory()
     rng = np.random.default_rng(0)
     net = demo.network((side, side, 1), (width, 2 * width, 4 * width))
-    diffusion = td.Diffusion(td.cosine_betas(1000))
+    diffusion = td.Diffusion(td.cosine_betas(1000), demo.PREDICTS)
     images = np.clip(td.normal(rng, (1000, side, side, 1)), -1, 1)
     if calls:
-        model = td.guided(td.parallel(net, threads), np.arange(batch) % 10, net.null, 2.0)
+        model = td.guided(demo.parallel(net, threads), np.arange(batch) % 10, net.null, 2.0)
         x = td.normal(rng, (batch, side, side, 1))
 
         def step():
-            td.sample(td.ddim(model, diffusion, x, steps=calls, kind="v"))
+            td.sample(td.ddim(model, diffusion, x, steps=calls))
     else:
         training = td.train(net, diffusion, images, np.arange(1000) % 10, steps=10 ** 6,
                             batch=batch, threads=threads, **demo.TRAINING)

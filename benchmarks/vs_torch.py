@@ -73,7 +73,7 @@ def ours(make, diffusion, images, labels, batch):
     images = images_for(net, images)
     training = td.train(net, diffusion, images, labels, steps=10 ** 6, batch=batch,
                         threads=THREADS, **demo.TRAINING | {"optimizer": "adamw"})
-    model = net if demo.ON_GPU else td.parallel(net, THREADS)
+    model = net if demo.ON_GPU else demo.parallel(net, THREADS)
     x = td.normal(np.random.default_rng(0), (batch, *net.image))
     t, y = np.full(batch, 500), np.arange(batch) % 10
     return lambda: next(training), lambda: model(x, t, y)
@@ -197,7 +197,7 @@ def main():
           f"PyTorch {torchs:.0f}")
     images, labels = demo.load_digits(demo.HERE / "data", "train")
     images, labels = images[:2000], labels[:2000]
-    diffusion = td.Diffusion(td.cosine_betas(1000))
+    diffusion = td.Diffusion(td.cosine_betas(1000), demo.PREDICTS)
     for title, make in NETS.items():
         output, gradient = compare(make)
         print(f"\n{title}: outputs differ by {output:.0e}, gradients by {gradient:.0e} of the "

@@ -1,5 +1,5 @@
-"""The network again, as its drawing: every layer and the whole U-Net in plain loops over images,
-pixels and weights. Slow, and with nothing of tinyddpm but the names of its parameters."""
+"""The network again, in plain loops over images and pixels: every layer, and the U-Net as its
+drawing has it. Slow, and with nothing of tinyddpm's but the names of the parameters."""
 import math
 
 import numpy as np

@@ -2,16 +2,12 @@
 
 The derivatives come of the complex step: f(x + i h u) = f(x) + i h f'(x) u + O(h^2), so with
 h = 1e-30 the imaginary part over h is the slope along u to the last digits of float64, with no
-difference of near numbers. It shares nothing with tinyddpm's own check, by finite differences,
-which is itself checked here.
+difference of near numbers. It shares nothing with tinyddpm's own check, by finite differences.
 """
 import copy
 import math
 import pickle
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +59,8 @@ def res_block(p, x, emb):
 
 
 def cases(s):
-    """name: the layer, its loop, the layout of p, which comes first, the shapes of the inputs."""
+    """name: a layer(p, *inputs), its loop, the layout of p, the shapes of the inputs. Without
+    a layout, neither takes a p."""
     x, wide, widest = ((s.B, s.H, s.W, C) for C in (s.C, 2 * s.C, 2 * s.C * s.heads))
     large, t, y = (s.B, 2 * s.H, 2 * s.W, s.C), 99 * np.arange(s.B), np.arange(s.B)[::-1] % 3
     product, two = td.product_layout(s.C, s.D), td.product_layout(s.D, 3)
@@ -105,7 +102,7 @@ def build(name, shape=Shape(), dtype=np.float64):
     layer, loop, layout, sizes = cases(shape)[name]
     rng, n = np.random.default_rng(0), sum(math.prod(size) for _, size, _ in td.leaves(layout))
     p = td.Params(layout, td.normal(rng, n, dtype), np.zeros(n, dtype))
-    if not layout:                          # it takes no p
+    if not layout:
         layer, loop = (lambda p, *a, f=f: f(*a) for f in (layer, loop))
     return layer, loop, p, [td.normal(rng, size, dtype) for size in sizes]
 
@@ -198,9 +195,8 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
     y, back = td.dropout(np.ones((20, 20, 20, 20)), rate, np.random.default_rng(0))
     assert set(np.unique(y)) == {0, 1 / (1 - rate)}
     assert abs((y == 0).mean() - rate) < 5 * (rate * (1 - rate) / y.size) ** 0.5    # deviations
-    for axis in range(4):       # of 20 alike or not; one cell in 8 at most is of one kind
-        assert (y.min(axis) == y.max(axis)).mean() < 0.2
-        assert not (y == y.take([0], axis)).all()
+    for axis in range(4):       # along it most cells have both kinds, at least 1 - .9^20
+        assert (y.min(axis) < y.max(axis)).mean() > 0.8
     assert np.array_equal(back(np.ones_like(y)), y)     # the same ones come back, scaled alike
 
 
@@ -269,71 +265,6 @@ def test_layers_are_pure_and_keep_their_type(name, dtype):
     close(p.grad.flat, 2 * once, 1e-5)
 
 
-def test_res_block_adds_to_demb():
-    """The embedding feeds every block, so each adds its part."""
-    _, _, p, (x, emb) = build("res_block")
-    fresh, used = np.zeros_like(emb), np.ones_like(emb)
-    for demb in (fresh, used):
-        y, back = td.res_block(p, x, emb, demb, halve)
-        back(y)
-    assert np.all(fresh)
-    close(used, 1 + fresh)
-
-
-# ------------------------------------------------------------------------ the gradient check
-
-def wrong(of_input=1, of_weight=1):
-    """linear, its gradients off by factors."""
-    def layer(p, x):
-        y, back = td.linear(p, x)
-
-        def back_wrong(dy):
-            before, dx = p.grad.w.copy(), back(dy)
-            p.grad.w += (of_weight - 1) * (p.grad.w - before)
-            return of_input * dx
-        return y, back_wrong
-    return layer
-
-
-@pytest.mark.parametrize("layer, names", [
-    (wrong(), set()), (wrong(-1), {"input 1"}), (wrong(1.001), {"input 1"}),
-    (wrong(np.nan), {"input 1"}), (wrong(1, 0), {"w"}), (wrong(1, 1.001), {"w"})])
-def test_the_check_names_the_gradient_that_is_wrong(layer, names):
-    """In float64 whatever it is given, and what it is given stays as it was."""
-    _, _, p, (x,) = build("linear", dtype=np.float32)
-    before = p.flat.copy()
-    errors = dict(td.gradient_errors(layer, p, [x]))
-    assert [*errors] == ["input 1", "w", "b"]
-    assert {name for name, error in errors.items() if not error <= 1e-6} == names
-    assert np.array_equal(p.flat, before) and not p.grad.flat.any()
-
-
-def test_the_check_walks_lists_and_takes_layers_without_parameters():
-    layer, _, p, inputs = build("sequential")
-    errors = dict(td.gradient_errors(layer, p, inputs))
-    assert [*errors] == ["input 1", "one.0.w", "one.0.b", "one.1.w", "one.1.b"]
-    errors |= td.gradient_errors(td.silu, None, inputs)
-    assert max(errors.values()) < 1e-6
-
-
-@pytest.mark.parametrize("factor", ["1.0001", "math.nan"])
-def test_the_script_fails_where_a_layer_is_wrong(factor, tmp_path):
-    """`python tinyddpm.py`, in a copy whose embedding's gradient is off by a factor."""
-    text, start = Path(td.__file__).read_text(), '\nif __name__ == "__main__":'
-    assert text.count(start) == 1
-    broken = f"""
-def embed(p, t, y, right=embed):
-    emb, back = right(p, t, y)
-    return emb, lambda demb: back({factor} * demb)
-"""
-    (tmp_path / "broken.py").write_text(text.replace(start, broken + start))
-    ran = subprocess.run([sys.executable, tmp_path / "broken.py"], capture_output=True,
-                         text=True)
-    names = {line.split()[0] for line in ran.stdout.splitlines() if "WRONG" in line}
-    assert names == {"time1.w", "time1.b", "time2.w", "time2.b", "label"}
-    assert ran.returncode == 1, ran.stderr
-
-
 # -------------------------------------------------------------------------- Params, layouts
 
 LAYOUT = {"a": ((2, 3), 1), "b": [td.product_layout(3, 2), {"c": ((4,), 2)}], "d": ((), 0)}
@@ -391,15 +322,9 @@ def test_initial_draws_each_parameter_by_its_deviation():
 
 def test_deviations_that_layouts_ask_for():
     """C^-1/2 for a product and (9 C)^-1/2 for a convolution keep the variance of what comes in;
-    what is added to x starts at 0, and so do biases, scales and shifts."""
-    layout = td.res_block_layout(4, 9, 25, attended=True)
-    assert {name: (shape, deviation) for name, shape, deviation in td.leaves(layout)} == {
-        "norm1.scale": ((4,), 0), "norm1.shift": ((4,), 0),
-        "conv1.w": ((3, 3, 4, 9), 1 / 6), "conv1.b": ((9,), 0),
-        "scale_shift.w": ((25, 18), 1 / 5), "scale_shift.b": ((18,), 0),
-        "conv2.w": ((3, 3, 9, 9), 0), "conv2.b": ((9,), 0),
-        "skip.w": ((4, 9), 1 / 2), "skip.b": ((9,), 0),
-        "attention.norm.scale": ((9,), 0), "attention.norm.shift": ((9,), 0),
-        "attention.qkv.w": ((9, 27), 1 / 3), "attention.qkv.b": ((27,), 0),
-        "attention.out.w": ((9, 9), 0), "attention.out.b": ((9,), 0)}
-    assert [*td.res_block_layout(4, 4, 25)] == ["norm1", "conv1", "scale_shift", "conv2"]
+    what attention adds to x starts at 0, and so do biases, scales and shifts."""
+    assert td.product_layout(4, 9) == {"w": ((4, 9), 1 / 2), "b": ((9,), 0)}
+    assert td.product_layout(3, 3, 4, 9, gain=2) == {"w": ((3, 3, 4, 9), 1 / 3), "b": ((9,), 0)}
+    assert list(td.leaves(td.attention_layout(9))) == [
+        ("norm.scale", (9,), 0), ("norm.shift", (9,), 0), ("qkv.w", (9, 27), 1 / 3),
+        ("qkv.b", (27,), 0), ("out.w", (9, 9), 0), ("out.b", (9,), 0)]
