@@ -52,7 +52,6 @@ OF_COSINE = td.Diffusion(td.cosine_betas(T))
 SINE = np.diff(np.sin(np.pi * np.arange(T + 1) / (T + 1)) ** 2)
 KARRAS = np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), T) ** 7
 KARRAS_BETAS = betas_of(np.append(1, 1 / (1 + KARRAS ** 2)))
-SIGMOID = 1 / (1 + np.exp(-np.linspace(-6, 6, T)))
 ABAR_SIGMOID = 1 / (1 + np.exp(6 * U - 3)) - 1 / (1 + np.exp(3))
 
 ROWS |= {
@@ -81,7 +80,8 @@ ROWS |= {
         lambda betas: near(abar_of(betas)[1:T], 1 - (U[1:T] + 1e-4) ** 0.5),
         td.sqrt_betas(T), BETAS ** 0.5, 0.9999 ** 0.5 - 4e-5 ** 0.5 * U[1:]),
     "14_two_sigmoid_schedules": lambda: (
-        partial(near, 1e-4 + 0.0199 * SIGMOID), td.sigmoid_betas(T), betas_of(ABAR_SIGMOID)),
+        partial(near, 1e-4 + 0.0199 / (1 + np.exp(-np.linspace(-6, 6, T)))),
+        td.sigmoid_betas(T), betas_of(ABAR_SIGMOID)),
     "15_karras_sigmas_as_they_are_sampled": lambda: (
         lambda betas: near(abar_of(betas)[1:], 1 / (1 + KARRAS[::-1] ** 2)),
         td.karras_betas(T), KARRAS_BETAS, np.clip(KARRAS_BETAS, 1e-4, 0.999)),
@@ -134,10 +134,6 @@ def ddpm(sigma, x, x0, t, s):
     return D.q_posterior(x0, x, t, s)[0] + sigma(t, s) * Z
 
 
-def to_another_step(step, x, x0, t, s):
-    return mix(ABAR[max(step(t, s), 0)], x0, D.to_eps(x, t, x0))
-
-
 def inpaints(known_at):
     """Known pixels are as in training whenever the model sees them, and exact at the end."""
     seen, steps = [], range(T, 0, -100)
@@ -161,12 +157,13 @@ CLIPPED = np.clip((XT - (1 - ABAR[300]) ** 0.5 * 3 * GUESS) / ABAR[300] ** 0.5, 
 
 ROWS |= {
     "05_steps_that_do_not_start_at_T": lambda: (
-        lambda steps: steps[0] == T and len(steps) == 50,
-        td.timesteps(T, 50), LEADING, QUADRATIC),
+        lambda steps: steps[0] == T, td.timesteps(T, 50), LEADING, QUADRATIC),
     "06_the_step_before_as_t_minus_T_over_N": lambda: (
-        keeps_marginals, step_of(td.ddim), partial(to_another_step, lambda t, s: t - T // 7)),
+        keeps_marginals, step_of(td.ddim),
+        lambda x, x0, t, s: mix(ABAR[max(t - T // 7, 0)], x0, D.to_eps(x, t, x0))),
     "07_abar_at_the_last_step": lambda: (
-        keeps_marginals, step_of(td.ddim), partial(to_another_step, lambda t, s: max(s, 1))),
+        keeps_marginals, step_of(td.ddim),
+        lambda x, x0, t, s: mix(ABAR[max(s, 1)], x0, D.to_eps(x, t, x0))),
     "08_x0_clipped_but_not_eps": lambda: (      # x0 and the eps that leads to x_s make up x_t
         lambda x_s: near(mix(ABAR[300], CLIPPED, D.to_eps(x_s, 280, CLIPPED)), XT),
         next(td.ddim(lambda x, t: 3 * GUESS, D, XT, steps=[300, 280]))[1],
@@ -191,8 +188,8 @@ ROWS |= {
         td.normal(0, 10 ** 5), *(np.random.default_rng(0).uniform(-end * below, end, 10 ** 5)
                                  for end, below in [(1, 0), (1, 1), (3 ** 0.5, 1)])),
     "31_the_last_step_never_made": lambda: (
-        lambda walk: near(td.sample(walk), X0), td.ddpm(lambda x, t: X0, OF_X0, EPS, 0),
-        islice(td.ddpm(lambda x, t: X0, OF_X0, EPS, 0), len(range(T - 1, 0, -1)))),
+        lambda n: near(td.sample(islice(td.ddpm(lambda x, t: X0, OF_X0, EPS, 0), n)), X0),
+        T, len(range(T - 1, 0, -1))),
     "33_trailing_steps_that_go_below_0": lambda: (
         lambda make: all(len(make(n)) == n and make(n)[-1] >= 1 for n in range(1, 130)),
         partial(td.timesteps, T), arange),
@@ -201,7 +198,6 @@ ROWS |= {
         lambda s: next(td.ddim(lambda x, t: x, OF_ZERO, X0, 0, steps=[T, s], eta=1.0))[1],
         lambda s: np.sqrt(1 - OF_ZERO.abar[s] - ((1 - OF_ZERO.abar[s]) ** 0.5) ** 2)),
 }
-
 
 # -------------------------------------------------- guidance, conversions, weights, likelihood
 
@@ -218,11 +214,7 @@ def as_large_a_loss(weight):
 
 def cost(var):
     """In bits, of a guess one byte off."""
-    return -np.log2(td.bin_probability(BYTES[100:101], BYTES[101:102], var ** 0.5))
-
-
-def bits(x0, guess, part):
-    return FEW.bits_per_dim(lambda x, t: guess, x0, 0)[part]
+    return -np.log2(td.bin_probability(BYTE, OFF, var ** 0.5))
 
 
 def forward_kernels():
@@ -231,18 +223,18 @@ def forward_kernels():
 
 
 erf = np.vectorize(math.erf)
-LABELS = np.array([1, 2, 1, 2])
+LABELS, SOME = np.array([[1, 2, 1, 2], [1, 100, 300, 900]])
 COND, UNCOND = (answer(EPS, None, y) for y in (LABELS, 0 * LABELS))
-SOME = np.array([1, 100, 300, 900])
 SNR = ABAR[SOME] / (1 - ABAR[SOME])
 FLOW = td.Diffusion(td.flow_betas(T), "flow")
 BYTES = np.arange(256) / 127.5 - 1
+BYTE, OFF = BYTES[100:102].reshape(2, 1, 1)
 FEW = td.Diffusion(td.linear_betas(10, 0.001, 0.3), "x0")
 
 ROWS |= {
     "11_the_log_of_a_variance_of_0": lambda: (
         partial(near, cost(FEW.q_posterior(X0, X0, 2)[1].item())),
-        bits(np.full((1, 1), BYTES[100]), np.full((1, 1), BYTES[101]), "decoder"), cost(1e-20)),
+        FEW.bits_per_dim(lambda x, t: OFF, BYTE, 0)["decoder"], cost(1e-20)),
     "19_two_guidance_weights": lambda: (
         lambda guide: all(near(guide(w), UNCOND + w * (COND - UNCOND)) for w in range(4)),
         lambda w: td.guided(answer, LABELS, 0, w)(EPS, SOME),
@@ -260,13 +252,13 @@ ROWS |= {
         (EPS - EPS) / OF_ZERO.abar[T] ** 0.5),
     "29_the_bound_with_forward_kernels": lambda: (      # half the fall in SNR, times the error
         partial(near, -np.diff(FEW.snr[1:]) * np.mean((X0 - GUESS) ** 2) / 2 / math.log(2)),
-        bits(X0, GUESS, "steps"), forward_kernels()),
+        FEW.bits_per_dim(lambda x, t: GUESS, X0, 0)["steps"], forward_kernels()),
     "30_eps_as_the_score": lambda: (
         partial(near, -(XT - ABAR[300] ** 0.5 * X0) / (1 - ABAR[300])), D.score(XT, 300, X0),
         EPS, -EPS, EPS / (1 - ABAR[300]) ** 0.5),
     "35_a_path_run_the_other_way": lambda: (
-        partial(near, math.hypot(0.7, 0.3) * FLOW.q_sample(X0, 300, EPS)), 0.7 * X0 + 0.3 * EPS,
-        0.3 * X0 + 0.7 * EPS),
+        lambda t: near(math.hypot(0.7, 0.3) * FLOW.q_sample(X0, t, EPS), 0.7 * X0 + 0.3 * EPS),
+        300, 700),
     "35_a_velocity_towards_the_data": lambda: (
         lambda answer: near(FLOW.to_x0(FLOW.q_sample(X0, 300, EPS), 300, answer), X0),
         FLOW.target(X0, EPS, 300), X0 - EPS),
@@ -274,15 +266,13 @@ ROWS |= {
         lambda d: near(d.to_x0(XT, 300, OF_V.target(X0, EPS, 300)), X0), OF_V, D, OF_FLOW),
 }
 
-
 # ------------------------------------------------------------------------- network and training
 
 class Stub:
     """Stands in for a network, in train: it answers 0 and notes what it was asked."""
-    image = (1, 1, 1)
+    image, classes, null = (1, 1, 1), 256, 256
 
-    def __init__(self, classes):
-        self.classes = self.null = classes
+    def __init__(self):
         self.params, self.asked = td.initial({"w": ((1,), 0)}, 0, np.float64), []
         self.grads = self.params.grad
 
@@ -294,9 +284,9 @@ class Stub:
         return np.zeros_like(x), lambda dy: None
 
 
-def trained_on(labels, classes=3, steps=20, batch=100):
+def trained_on(labels, steps=20, batch=100):
     """What the network is shown in training: x, t and y of every batch. All x0 are -1."""
-    net, images = Stub(classes), np.full((len(labels), 1, 1, 1), -1.0)
+    net, images = Stub(), np.full((len(labels), 1, 1, 1), -1.0)
     for _ in td.train(net, D, images, labels, steps=steps, batch=batch, chunk=batch):
         pass
     return net.asked
@@ -319,9 +309,8 @@ def start_left(decay):
 NET = td.UNet(image=(4, 4, 1), channels=(4,), classes=3, dtype=np.float64)
 NET.params.flat = np.random.default_rng(0).standard_normal(NET.params.flat.shape) / 3
 IMAGES = np.repeat(np.random.default_rng(0).standard_normal((1, 4, 4, 1)), 4, 0)
-CLASSES, SEVENS = np.arange(60) % 3, np.full(60, 7)
-DROPPED = np.random.default_rng(0).random(60) < 0.1
-STEPS, ANGLE = np.array([[1], [500], [T]]), np.array([[1], [500], [T]]) / 10.0 ** np.arange(4)
+CLASSES, DROPPED = np.arange(60) % 3, np.random.default_rng(0).random(60) < 0.1
+STEPS = np.array([[1], [500], [T]])
 
 ROWS |= {
     "04_steps_never_trained": lambda: (
@@ -335,27 +324,28 @@ ROWS |= {
         lambda e: near(e[:, [0, 3, 4]], np.hstack([np.sin(STEPS), np.sin(STEPS / 10000),
                                                    np.cos(STEPS)])),
         td.timestep_embedding(STEPS[:, 0], 8),
-        np.hstack([np.cos(ANGLE), np.sin(ANGLE)]), np.hstack([np.sin(ANGLE), np.cos(ANGLE)])),
+        np.roll(td.timestep_embedding(STEPS[:, 0], 8), 4, 1),
+        np.hstack([trig(STEPS / 10.0 ** np.arange(4)) for trig in (np.sin, np.cos)])),
     "26_a_running_mean_that_keeps_the_start": lambda: (
         lambda left: left < 1e-6, start_left(0.9999), 0.9999 ** 1000),
     "32_labels_dropped_for_good": lambda: (
         partial(near, CLASSES), (kept := CLASSES.copy(), trained_on(kept))[0],
         np.where(DROPPED, -1, CLASSES)),
     "32_labels_dropped_by_the_batch": lambda: (
-        lambda batches: all(0 < np.sum(y == 3) < len(y) for y in batches),
-        [y for _, _, y in trained_on(CLASSES)], [CLASSES] * 9 + [np.full(60, 3)]),
+        lambda batches: all(0 < np.sum(y == 256) < len(y) for y in batches),
+        [y for _, _, y in trained_on(CLASSES)], [CLASSES] * 9 + [np.full(60, 256)]),
     "32_a_null_label_that_is_a_class": lambda: (
         lambda net: not any(near(one, net(IMAGES, 7, np.arange(4))[3])
                             for one in NET(IMAGES, 7, np.arange(4))[:3]),
         NET, lambda x, t, y: NET(x, t, np.arange(3)[np.where(y == 3, -1, y)])),
     "37_a_null_label_in_a_small_type": lambda: (
-        lambda y: {*y} == {7, 256}, trained_on(SEVENS.astype(np.uint8), classes=256)[0][2],
-        np.where(DROPPED, 256, SEVENS).astype(np.uint8)),
+        lambda y: {*y} == {0, 1, 2, 256}, trained_on(CLASSES.astype(np.uint8))[0][2],
+        np.where(DROPPED, 256, CLASSES).astype(np.uint8)),
     "38_a_group_norm_over_one_value": lambda: (
         lambda norm: not near(*norm(td.normal(0, (2, 1, 1, 8), np.float64))),
-        lambda x: td.group_norm(x, np.zeros(8), np.zeros(8))[0], lambda x: x - x.mean((1, 2), keepdims=True)),
+        lambda x: td.group_norm(x, np.zeros(8), np.zeros(8))[0],
+        lambda x: x - x.mean((1, 2), keepdims=True)),
 }
-
 
 # -------------------------------------------------------------------------------------- tests
 
@@ -391,8 +381,7 @@ def test_nearer_to_the_data_is_not_more_right():
 
 def test_figures_in_the_document():
     assert [round(abar_of(short(n))[-1], 4) for n in (50, 300, 400)] == [0.603, 0.0481, 0.0175]
-    assert LEADING[0] == 981 and QUADRATIC[0] == 801
-    assert T - T // 7 == 858 and td.timesteps(T, 7)[1] == 857
+    assert LEADING[0] == 981 and QUADRATIC[0] == 801 and T - T // 7 == 858
     assert round((1 - 0.999) ** -0.5, 1) == 31.6 and round(math.log(1e-20)) == -46
     assert [np.sum(COSINE < floor * (1 - 1e-6)) for floor in (1e-4, 0.01)] == [13, 807]
     assert np.sum(KARRAS_BETAS < 0) == 999 and np.sum(SINE < -1e-12) == 499
@@ -404,9 +393,8 @@ def test_figures_in_the_document():
 def test_every_row_has_its_tests_and_every_test_its_row():
     text = (Path(__file__).parents[1] / "docs" / "ERRATA.md").read_text(encoding="utf-8")
     index, table = text.split("\n| # |")
-    rows = dict(re.findall(r"^\| (\d+) (.*)", table, re.M))
-    assert {int(number) for number in rows} == {int(name[:2]) for name in ROWS}
-    for number, cells in rows.items():
-        assert {*re.findall(r"`(\d\d_\w+)`", cells)} == {
-            name for name in ROWS if int(name[:2]) == int(number)}
-    assert {*re.findall(r"\d+", index.split("| symptom |")[1])} == {*rows}
+    rows = {int(number): {*re.findall(r"`(\d\d_\w+)`", cells)}
+            for number, cells in re.findall(r"^\| (\d+) (.*)", table, re.M)}
+    assert set().union(*rows.values()) == {*ROWS} and all(rows.values())
+    assert all(int(name[:2]) == number for number in rows for name in rows[number])
+    assert {*map(int, re.findall(r"\d+", index.split("| symptom |")[1]))} == {*rows}
