@@ -125,6 +125,7 @@ def download(args):
                 packed = reply.read()
             found = hashlib.sha256(gzip.decompress(packed)).hexdigest()
         except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
+            getattr(error, "close", str)()      # a reply of 404 is an open file too
             raise ValueError(f"{url} could not be fetched: {error}") from error
         if found != digest:
             raise ValueError(f"{url} is not the file that was asked for: its SHA-256 is "

@@ -168,7 +168,7 @@ class Diffusion:
     likelihood read it here. Tables .beta .alpha .abar .snr are host float64 of length T+1;
     index 0 is clean data: beta 0, abar 1, snr infinite. In every method t is an integer of
     1..T, or (B,) of them on the host; x0, xt, eps and a model's answer `out` are of one shape
-    (B, ...). Anything else is a ValueError."""
+    (B, ...). Steps out of range, other shapes, half precision and bytes are a ValueError."""
     def __init__(self, betas, predicts="eps"):
         check(predicts in PREDICTS, f"predicts is {predicts!r}; it may be {list(PREDICTS)}")
         self.predicts = predicts
@@ -198,7 +198,7 @@ class Diffusion:
         steps in a longer jump act as one of alpha = abar_t / abar_s. The variance, ready to
         multiply images, is (1, 1, ...) or (B, 1, ...), and 0 at s = 0."""
         s = t - 1 if s is None else s
-        check(np.all((0 <= s) & (s < t)), f"s is {s} and t is {t}; s has to be of 0..t-1")
+        check(np.all((0 <= s) & (s < t) & (t <= self.T)), f"s is {s}, t is {t}; not s < t <= T")
         check(x0.shape == xt.shape, f"shapes are {x0.shape} and {xt.shape}, not the same")
         abar, abar_s = self.abar[t], self.abar[s]
         alpha = abar / abar_s
@@ -662,14 +662,14 @@ def embed(p, t, y):
         time_back(dh)
     return emb, back
 
-def res_block_layout(C, D, E, attended=False):
+def res_block_layout(C, D, E, attended):
     return {"norm1": norm_layout(C), "conv1": product_layout(3, 3, C, D),
             "scale_shift": product_layout(E, 2 * D),
             "conv2": product_layout(3, 3, D, D, gain=0),
             **({"skip": product_layout(C, D)} if C != D else {}),
             **({"attention": attention_layout(D)} if attended else {})}
 
-def res_block(p, x, emb, demb, drop, heads=1):
+def res_block(p, x, emb, demb, drop, heads):
     """Two convolutions, and x straight past them: (B, H, W, C) -> (B, H, W, D); then attention,
     where p has some. Before the second, the embedding scales and shifts the channels (FiLM;
     ADM's adaptive group norm). As emb went to every block, every back adds to demb."""
@@ -734,7 +734,7 @@ class UNet:
         self.image, self.channels = tuple(self.image), tuple(self.channels)
         levels, C, E = len(self.channels), self.channels[0], 4 * self.channels[0]
         blocks = [self.blocks] * levels if np.ndim(self.blocks) == 0 else self.blocks
-        check(len(blocks) == levels, f"blocks are {blocks} for {levels} levels")
+        check(len(blocks) == levels and min(blocks) > 0, f"blocks are {blocks} for {levels}")
         check({*self.attention} <= {*range(levels)}, f"attention is at {self.attention}")
         check(0 <= self.dropout < 1, f"dropout is {self.dropout}; it has to be below 1")
         check(np.dtype(dtype) in ("f4", "f8"), f"dtype is {dtype}, not float32 or float64")
