@@ -121,23 +121,6 @@ def test_a_file_cut_anywhere_is_refused(pack, tmp_path):
         unreadable(tmp_path / "cut", raw[:length])
 
 
-def test_a_flipped_bit_in_a_gzipped_file_is_refused_or_harmless(tmp_path):
-    """Harmless are those that change no picture, such as gzip's time stamp."""
-    raw, refused = gzip.compress(idx(IMAGES)), 0
-    for place in range(8 * len(raw)):
-        damaged = bytearray(raw)
-        damaged[place // 8] ^= 1 << place % 8
-        (tmp_path / "flipped").write_bytes(damaged)
-        try:
-            array = demo.read_idx(tmp_path / "flipped")
-        except ValueError as error:
-            assert str(error).startswith(f"{tmp_path / 'flipped'} ")
-            refused += 1
-        else:
-            assert np.array_equal(array, IMAGES)
-    assert refused > 8 * (len(raw) - 10)            # 10 bytes of header, some of them idle
-
-
 @pytest.mark.parametrize("raw", [
     b"\x89PNG" + idx(IMAGES), b"\0\0\x0d" + idx(IMAGES)[3:], b"<html>", b"",
     idx(IMAGES) + b"\0", idx(IMAGES)[:7] + b"\x03" + idx(IMAGES)[8:],
@@ -155,22 +138,6 @@ def test_digits_are_scaled_to_one(tmp_path):
     assert images.dtype == np.float32 and images.shape == (1, 1, 3, 1)
     assert np.array_equal(images.ravel(), np.array([-1, -0.6, 1], np.float32))
     assert np.issubdtype(labels.dtype, np.signedinteger) and np.array_equal(labels, [7])
-
-
-def test_colour_images_keep_their_channels(tmp_path):
-    array = np.random.default_rng(2).integers(0, 256, (2, 4, 5, 3))
-    images, labels = demo.load_digits(put(tmp_path, array, np.array([0, 1]), "t10k"), "t10k")
-    close(images, array / 127.5 - 1, 1e-6)
-
-
-def test_gzipped_digits_are_found(tmp_path):
-    plain, zipped = tmp_path / "plain", tmp_path / "zipped"
-    plain.mkdir(), zipped.mkdir()
-    for path in put_digits(plain).iterdir():
-        (zipped / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-    for split in ("train", "t10k"):
-        for a, b in zip(demo.load_digits(plain, split), demo.load_digits(zipped, split)):
-            assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("images, labels", [
@@ -257,21 +224,6 @@ def test_download_keeps_nothing_of_a_bad_file(reply, web, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{NAMES[0]}.gz"]
 
 
-def test_download_where_nobody_answers(web, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as once:
-        address = f"http://127.0.0.1:{once.getsockname()[1]}"
-    assert f"{address}/{NAMES[0]}.gz could not be fetched" \
-        in complaint("download", "--url", address, "--data", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_write_makes_the_file_and_its_directories(tmp_path):
-    path = tmp_path / "a" / "b" / "c.txt"
-    for text in ("old", "new"):
-        demo.write(path, lambda file: file.write(text.encode()))
-        assert path.read_text() == text and list(path.parent.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_write_that_fails_leaves_the_old_file(error, tmp_path):
     """Whole or not at all: what was half written is gone, what was there before is there."""
@@ -289,14 +241,6 @@ def test_write_that_fails_leaves_the_old_file(error, tmp_path):
 
 # ---------------------------------------------------------------------------------- pictures
 
-def test_tile_by_hand():
-    """Two images of one pixel, grey and too bright, each with a black line around it."""
-    images = np.array([0.0, 5.0]).reshape(1, 2, 1, 1, 1)
-    assert np.array_equal(demo.tile(images), [[0, 0, 0, 0, 0, 0],
-                                              [0, 0.5, 0, 0, 1, 0],
-                                              [0, 0, 0, 0, 0, 0]])
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tile_keeps_each_image_in_its_place(channels):
     images = np.random.default_rng(3).uniform(-1, 1, (2, 3, 4, 5, channels))
@@ -306,21 +250,6 @@ def test_tile_keeps_each_image_in_its_place(channels):
             cell = page[6 * row:6 * row + 6, 7 * column:7 * column + 7]
             close(cell[1:-1, 1:-1], (images[row, column] + 1) / 2)
             assert cell.sum() == pytest.approx(cell[1:-1, 1:-1].sum())
-
-
-def test_headings_stand_at_the_middle_of_their_images():
-    """Cells are 6 high and 7 wide; pixel 0 has its middle at 0."""
-    figure, ax = plt.subplots()
-    demo.show(ax, np.zeros((2, 3, 4, 5, 1)), "abc", "de")
-    assert list(ax.get_xticks()) == [3, 10, 17] and list(ax.get_yticks()) == [2.5, 8.5]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "c"]
-    plt.close(figure)
-
-
-@pytest.mark.parametrize("count", [1, 120])
-def test_the_loss_is_drawn_for_any_number_of_steps(count, tmp_path):
-    demo.plot_loss(tmp_path / "loss.png", np.linspace(1, 0.1, count))
-    assert plt.imread(tmp_path / "loss.png").ndim == 3 and not plt.get_fignums()
 
 
 # ---------------------------------------------------------------------------------- training
@@ -346,18 +275,6 @@ def test_train_writes_its_four_files(trained):
     assert len(settings["losses"]) == 6 and settings["losses"][-1] == state.loss
     for name in ("samples", "denoising", "loss"):
         assert plt.imread(trained / f"{name}.png").std() > 0.01
-
-
-def test_the_pictures_of_train(trained, data, tmp_path, sheets):
-    """Ten rows of all classes, and the way of one from noise, which is t = 100, to its x_0."""
-    (tmp_path / "model.npz").write_bytes((trained / "model.npz").read_bytes())
-    run("train", "--data", data, "--out", tmp_path)
-    assert sheets["samples.png"].shape == (10, CLASSES, SIZE, SIZE, 1)
-    model = demo.trained(tmp_path)
-    frames = dict(model.frames(np.arange(CLASSES), 0, **demo.DRAWING))
-    shown = sheets["denoising.png"]
-    assert shown.shape == (CLASSES, 10, SIZE, SIZE, 1)
-    assert np.array_equal(shown[:, 0], frames[100]) and np.array_equal(shown[:, -1], frames[0])
 
 
 @pytest.mark.parametrize("options", [[*SMALL, "--lr", "0.3", "--seed", "0"], []],
@@ -405,20 +322,6 @@ def test_any_number_of_levels(channels, data, tmp_path, sheets):
     """--channels decides how many there are, whatever the default has."""
     run("train", *SMALL[:4], "--channels", *channels, "--data", data, "--out", tmp_path)
     assert demo.trained(tmp_path).net.channels == tuple(map(int, channels))
-
-
-def test_ctrl_c_once_asks_and_twice_stops():
-    """And what Ctrl-C did before, it does afterwards."""
-    before = signal.getsignal(signal.SIGINT)
-    with demo.Interrupt() as interrupt:
-        assert not interrupt.asked
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.asked
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    with demo.Interrupt():
-        pass
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 SLOWLY = """
@@ -543,11 +446,6 @@ def test_train_refuses_in_one_sentence(tmp_path):
     assert "nowhere" in complaint("--steps", "2", "--out", tmp_path, "--data", "nowhere")
 
 
-def test_more_steps_than_there_are(trained):
-    assert "descend" in complaint("sample", "--steps", "101", "--out", trained)
-    assert "descend" in complaint("speed", "--full", "101", "--out", trained)
-
-
 @pytest.mark.parametrize("words", [
     "--steps 0", "--steps few", "--steps 1.5", "--batch -1", "--lr nan", "--lr -1", "--lr inf",
     "--channels 0", "--channels", "--seed -1", "--colour red", "sample --eta 1.5",
@@ -602,30 +500,6 @@ def test_sample_saves_images_and_labels(trained):
     assert not hidden(trained) and not plt.get_fignums()
 
 
-def test_sample_draws_ten_of_each_by_itself(trained, sheets):
-    x, y = draw(trained, "--steps", "2")
-    assert np.array_equal(y, np.tile(np.arange(CLASSES), 10))
-    assert np.array_equal(sheets["sample.png"].reshape(x.shape), x)
-
-
-def test_the_page_of_sample(trained, sheets):
-    """A column for each digit; the last row may stay unfinished, and there are 20 at most."""
-    x, _ = draw(trained, "--digits", "2", "0", "--count", "3", "--steps", "2")
-    page = sheets["sample.png"]
-    assert page.shape == (2, 2, SIZE, SIZE, 1)
-    assert np.array_equal(page.reshape(4, SIZE, SIZE, 1)[:3], x) and np.all(page[1, 1] == -1)
-    x, _ = draw(trained, "--digits", "1", "--count", "21", "--steps", "2")
-    assert np.array_equal(sheets["sample.png"][:, 0], x[:20])
-
-
-def test_sample_saves_under_the_very_name(trained, tmp_path, sheets):
-    """With or without .npz at its end."""
-    run("sample", "--count", "1", "--steps", "1", "--out", trained, "--save", tmp_path / "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    with np.load(tmp_path / "x") as file:
-        assert file["x"].shape == (1, SIZE, SIZE, 1)
-
-
 @pytest.mark.parametrize("options", ["", "--sampler ddpm --steps 5", "--eta 1 --steps 5"])
 def test_the_seed_decides_and_threads_do_not(options, trained, sheets, monkeypatch):
     def numbers(seed, threads):
@@ -643,28 +517,6 @@ def test_guidance_decides_how_much_the_label_counts(trained, sheets):
     assert np.array_equal(numbers(0, w=0), numbers(1, w=0))
     every = [numbers(0, w) for w in (0, 1, 3)] + [numbers(1, 1)]
     assert all(np.any(a != b) for i, a in enumerate(every) for b in every[:i])
-
-
-def test_the_average_draws_and_not_the_last_step(trained):
-    """Model holds the EMA, of which tinyddpm says that it draws better."""
-    net, _, state, _ = td.load(trained / "model.npz")
-    assert np.any(net.params.flat != state.ema.flat)
-    assert np.array_equal(demo.trained(trained).net.params.flat, state.ema.flat)
-
-
-@pytest.mark.parametrize("command", ["sample", "score"])
-def test_ddpm_takes_all_steps_by_itself(command, trained, sheets, monkeypatch, stub):
-    """As --help says: 20 with DDIM, all of them with DDPM; --steps has the last word."""
-    asked = []
-
-    def frames(model, labels, seed, sampler, steps, eta, guidance):
-        asked.append((sampler, steps))
-        yield 0, np.zeros((len(labels), *model.net.image), np.float32)
-
-    monkeypatch.setattr(demo.Model, "frames", frames)
-    for words in ("ddim", "ddpm", "ddim --steps 7", "ddpm --steps 7"):
-        run(command, "--sampler", *words.split(), "--count", "100", "--out", trained)
-    assert list(dict.fromkeys(asked)) == [("ddim", 20), ("ddpm", 100), ("ddim", 7), ("ddpm", 7)]
 
 
 def test_speed(trained, capsys):
@@ -831,17 +683,6 @@ def options(data, out):
     return demo.parser()[0].parse_args(["score", "--data", str(data), "--out", str(out)])
 
 
-def test_the_classifier_is_kept_for_its_digits(data, tmp_path, stub):
-    """Trained once for the same digits, and anew for others."""
-    p, images = demo.load_classifier(options(data, tmp_path))
-    again, _ = demo.load_classifier(options(data, tmp_path))
-    assert len(stub) == 1 and np.array_equal(p.flat, again.flat) and not hidden(tmp_path)
-    assert np.array_equal(images, demo.load_digits(data, "train")[0])
-    (tmp_path / "other").mkdir()
-    demo.load_classifier(options(put_digits(tmp_path / "other", seed=1), tmp_path))
-    assert len(stub) == 2
-
-
 def test_a_damaged_classifier_is_made_anew(data, tmp_path, stub):
     """Cut, or with a flipped byte in what zip and NumPy say about the numbers: never an error,
     never other numbers. A flip in a name or a date may be harmless."""
@@ -861,13 +702,6 @@ def test_a_damaged_classifier_is_made_anew(data, tmp_path, stub):
     assert len(stub) > 50
 
 
-def test_four_pads_with_black():
-    images = np.ones((2, 5, 8, 3), np.float32)
-    padded = demo.pad_to_fours(images)
-    assert padded.shape == (2, 8, 8, 3)
-    assert np.all(padded[:, :5] == 1) and np.all(padded[:, 5:] == -1)
-
-
 def gaussian(mean, deviations, seed, count=200):
     """Features whose mean and covariance are exactly these: noise, made white, stretched."""
     noise = np.random.default_rng(seed).standard_normal((count, len(mean)))
@@ -885,17 +719,6 @@ def test_frechet_of_gaussians():
     expected = ((m - n) ** 2).sum() + ((s - r) ** 2).sum()
     assert demo.frechet(a, b) == pytest.approx(expected, rel=1e-6)
     assert demo.frechet(b, a) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_of_the_same_and_of_turned_features():
-    """Zero for equal sets, also with fewer features than dimensions; a common rotation, which
-    makes the covariances full, changes nothing."""
-    rng = np.random.default_rng(8)
-    a, b = rng.normal(size=(50, 64)), rng.normal(size=(100, 64)) * 2 + 1
-    assert demo.frechet(a, a) == pytest.approx(0, abs=1e-5)
-    assert demo.frechet(a, a[::-1]) == pytest.approx(0, abs=1e-5)
-    turn = np.linalg.qr(rng.normal(size=(64, 64)))[0]
-    assert demo.frechet(a @ turn, b @ turn) == pytest.approx(demo.frechet(a, b), rel=1e-6)
 
 
 def test_score(trained, data, tmp_path, stub, capsys):
