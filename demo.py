@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt                                                 
 import numpy as np                                                              # noqa: E402
 from tqdm import tqdm                                                           # noqa: E402
 
+import pictures                                                                 # noqa: E402
 import tinyddpm as td                                                           # noqa: E402
 from tinyddpm import asnumpy, xp                                                # noqa: E402
 
@@ -75,41 +76,15 @@ MNIST_SHA256 = {    # of the unpacked files: one file can be packed in many ways
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
 
 
-def read_idx(path):
-    """The array in an IDX file of bytes, gzipped or not. A damaged file is a ValueError."""
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes: it starts with "
-                         f"{raw[:4].hex(' ') or 'nothing'}")
-    start = 4 + 4 * raw[3]
-    if raw[3] > 4 or len(raw) < start:
-        raise ValueError(f"{path} is damaged: its header promises {raw[3]} dimensions, and the "
-                         f"file has {len(raw)} bytes")
-    shape = tuple(np.frombuffer(raw[4:start], ">u4").tolist())
-    if len(raw) != start + math.prod(shape):
-        raise ValueError(f"{path} is damaged: its header promises {math.prod(shape)} bytes of "
-                         f"shape {shape}, and {len(raw) - start} follow")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
-def load_digits(directory, split):
-    """Images (N, H, W, C) float32 in [-1, 1] and labels (N,) of the split "train" or "t10k"."""
-    def find(name):
-        for path in (directory / f"{split}-{name}", directory / f"{split}-{name}.gz"):
-            if path.exists():
-                return path
-        raise FileNotFoundError(f"{directory} has no {split}-{name}, with or without .gz")
-    images, labels = read_idx(find("images-idx3-ubyte")), read_idx(find("labels-idx1-ubyte"))
-    if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not images.size:
-        raise ValueError(f"{directory}: images of shape {images.shape} and labels of shape "
-                         f"{labels.shape} do not belong together")
-    images = images.reshape(*images.shape[:3], -1)
-    return images.astype(np.float32) / 127.5 - 1, labels.astype(np.int64)
+def load_digits(path, split):
+    """Images (N, H, W, C) float32 in [-1, 1] and labels (N,) of the split "train" or "t10k",
+    from whatever pictures.load reads. Pictures without classes are all of one."""
+    data = pictures.load(path)
+    images, labels = ((data.images, data.labels) if split == "train"
+                      else (data.test_images, data.test_labels))
+    if images is None:
+        raise ValueError(f"{path} has no test pictures, which this command needs")
+    return images, np.zeros(len(images), int) if labels is None else labels
 
 
 TIMEOUT = 30        # seconds without a byte
@@ -204,6 +179,8 @@ def train(args):
     """Train on DATA, or go on from OUT/model.npz, then draw samples."""
     began = time.perf_counter()
     images, labels = load_digits(args.data, "train")
+    for sentence in pictures.load(args.data).said:
+        print(sentence)
     path = args.out / "model.npz"
     asked = {name: value for name, value in vars(args).items()
              if name in ("steps", "batch", "lr", "channels", "seed") and value is not None}
@@ -687,8 +664,8 @@ def parser():
     weight = number(float, -1e3, 1e3)
     out = option("--out", "where the checkpoint is and the pictures go", type=Path,
                  default=OUT, metavar="DIR")
-    data = option("--data", "directory of MNIST, Fashion-MNIST, ... files, gzipped or not",
-                  type=Path, default=HERE / "data", shown="the bundled digits", metavar="DIR")
+    data = option("--data", "MNIST-like files, an .npz, or a folder of pictures", type=Path,
+                  default=HERE / "data", shown="the bundled digits", metavar="PATH")
     seed = option("--seed", "of the noise", type=natural, default=0, metavar="N")
     drawing = [
         option("--sampler", ", ".join(SAMPLERS), choices=SAMPLERS, metavar="NAME",
