@@ -9,10 +9,10 @@ A network sees x_t and t and answers what eps was, or x0: with x_t, either gives
 loss is the mean squared error over random images, steps and noise. That is all of training.
 
 To draw a new image, start from noise x_T and go back. If x0 were known, Bayes' rule would say
-where x_t came from: an earlier x_s is normal, with a mean a x0 + b x_t and a variance that does
-not depend on x0. That mean is linear in x0, so the expected x0 is all that it takes, and the
-expected x0 is what least squares teaches a network. So: guess x0 from x_t, step back to x_s,
-guess again. The first guesses are a blur, the mean of all images; the last is an image.
+where x_t came from: an earlier x_s is normal, with a mean linear in x0 and x_t, and a variance
+that does not depend on x0. In a short step it is nearly so with x0 unknown; as the mean is
+linear in x0, the expected x0 is all that it takes, and that is what least squares teaches. So:
+guess x0 from x_t, step back to x_s, guess again. First guesses are a blur, the last an image.
 
 Notation, in the code and in the papers
     t, s      t, t-1       the step, an integer 1..T, and the one to go to next; 0 is clean data
@@ -91,7 +91,7 @@ def checked_betas(betas):
     right = (0 <= alpha) & (alpha < 1)
     right[:-1] &= alpha[:-1] > 0            # after a beta of 1 no signal is left
     i = np.argmin(right)
-    check(right[i], f"beta_{i + 1} of {len(betas)} is {betas[i]:.4g}, not above 0 and below 1")
+    check(right[i], f"beta_{i + 1} of {len(betas)} is {betas[i]:.4g}, no share of variance")
     return betas
 
 def betas_from_abar(abar, max_beta=1.0):
@@ -104,8 +104,8 @@ def linear_betas(T, start=1e-4, end=0.02):
     return checked_betas(np.linspace(start, end, T))
 
 def scaled_linear_betas(T, start=1e-4, end=0.02):
-    """linear_betas with both ends times 1000/T, so that x_T is noise for any T from 20 on
-    (iDDPM's code). In diffusers this name means quadratic_betas."""
+    """linear_betas with both ends times 1000/T, so that x_T is noise for any T above 20, and at
+    20 nothing else (iDDPM's code). In diffusers this name means quadratic_betas."""
     return checked_betas(np.linspace(start, end, T) * 1000 / T)
 
 def quadratic_betas(T, start=1e-4, end=0.02):
@@ -146,7 +146,7 @@ SCHEDULES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas,
 
 def zero_terminal_snr(betas):
     """The schedule with sqrt(abar) shifted to end at 0 and stretched to start where it did
-    (ZeroSNR Algorithm 1). For models that do not predict eps, which there is x_T itself."""
+    (ZeroSNR Algorithm 1). Not for models of eps: at T they would only have to return x_T."""
     root = np.sqrt(np.cumprod(1 - checked_betas(betas)))
     check(len(root) > 1, "zero_terminal_snr was given 1 beta; it needs at least 2")
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -234,8 +234,8 @@ class Diffusion:
 
     def loss_weight(self, t, weighting, gamma=5.0):
         """Factor for the squared error of the model's answer at t; float64, of t's shape.
-        "simple" is 1. "snr" makes of it the error of eps, DDPM eq. 14: to_x0 takes an error of
-        `out` times noise / (b signal - a noise) to x0, and that times signal / noise to eps.
+        "simple" is 1. "snr" makes of it the error of eps, DDPM eq. 14: 1 for eps, the SNR for
+        x0, abar for v. (An error of `out` is noise / (b signal - a noise) times one of x0.)
         "min_snr" is "snr" with the SNR held to gamma (Min-SNR section 3.4)."""
         check(np.all((1 <= t) & (t <= self.T)), f"t is {t}; it has to be of 1..{self.T}")
         signal, noise = self.abar[t] ** 0.5, (1 - self.abar[t]) ** 0.5
@@ -324,7 +324,7 @@ def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", clip
     for t, s in pairwise([*timesteps(diffusion.T, steps, spacing), 0]):
         x0 = D = diffusion.to_x0(x, t, model(x, xp.full(len(x), t)), clip)
         if x0_before is not None and s:             # at s = 0, lambda is infinite
-            r = float((lam[t] - lam_before) / (lam[s] - lam[t]))
+            r = float((lam[t] - lam_before) / (lam[s] - lam[t]))    # after zero SNR: inf
             D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
         abar_s = float(diffusion.abar[s])
         x = abar_s ** 0.5 * D + (1 - abar_s) ** 0.5 * diffusion.to_eps(x, t, D)
@@ -334,7 +334,7 @@ def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", clip
 def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", clip=(-1, 1)):
     """Heun's method on the probability-flow ODE (SDE section 4.3): an Euler step to s; then the
     step from t again, with the mean of the slopes at t and s. 2 steps - 1 calls, no noise.
-    It is EDM Algorithm 1, x = s (x0 + sigma eps), with s = cos(phi), sigma = tan(phi): so x =
+    It is EDM Algorithm 1, whose x is scale (x0 + sigma eps), at cos(phi) and tan(phi): so x =
     cos(phi) x0 + sin(phi) eps, the slope dx/dphi is v, and phi is finite even in pure noise.
     The last step, as theirs, is Euler's in x0 + sigma eps, which ends at x0."""
     for t, s in pairwise([*timesteps(diffusion.T, steps, spacing), 0]):
@@ -355,8 +355,8 @@ def sample(sampler):
     return x
 
 def dynamic_threshold(x0, share=0.995):
-    """Instead of clipping: where an image's values pass 1, clip at the quantile `share` of
-    their absolute values and divide by it, against saturation (Imagen section 2.3)."""
+    """Instead of clipping: each image is clipped at the quantile `share` of its sizes, or at 1
+    if that is more, and divided by it, against saturation (Imagen section 2.3)."""
     size = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1)
     size = per_image(xp.maximum(size, 1), x0)
     return xp.clip(x0, -size, size) / size
@@ -372,7 +372,7 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
     check(1 <= low <= high and low % 1 == high % 1 == 0,
           f"interval is {interval}; it has to be two steps, 1 <= low <= high, or None")
     nulls = np.full_like(labels, null)
-    if w == 1 or w == 0 and not interval:       # one of the two is not needed
+    if w == 1 or (w == 0 and not interval):     # one of the two is not needed
         return lambda x, t: model(x, t, labels if w else nulls)
     both = np.concatenate([labels, nulls])
 
@@ -391,7 +391,7 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
 class Params:
     """Names for the parts of one flat buffer: p.stem.w is a view of p.flat, and p.stem.grad.w
     the place of its gradient. Zeroing, clipping, AdamW, EMA, saving, adding up over machines
-    are one line each, on .flat. layout: dicts and lists, down to (shape, deviation)."""
+    are one line each, on .flat. layout: a dict of dicts, lists, or (shape, deviation)."""
     def __init__(self, layout, flat, *grad):
         needed = sum(math.prod(shape) for _, shape, _ in leaves(layout))
         check(flat.shape == (needed,), f"parameters are {flat.shape}, not ({needed},)")
@@ -415,7 +415,7 @@ def leaves(layout, name=""):
             yield from leaves(part, f"{name}.{key}" if name else str(key))
 
 def cut(layout, *buffers):
-    """A dict as Params, a list as a list, (shape, ...) as a view of the first buffer."""
+    """The buffers by the layout: a dict is Params, a list a list, (shape, ...) a view."""
     if isinstance(layout, dict):
         return Params(layout, *buffers)
     if isinstance(layout, tuple):
@@ -480,7 +480,7 @@ def im2col(x, budget=2 ** 18):
     B, H, W, C = x.shape
     padded = xp.zeros((B, H + 2, W + 2, C), x.dtype)
     padded[:, 1:-1, 1:-1] = x
-    b, h, w, c = padded.strides
+    b, h, w, c = padded.strides             # bytes from one number to the next along each axis
     # Three neighbours in a row are 3 C numbers in a row, so a window is three runs of memory.
     runs = xp.lib.stride_tricks.as_strided(padded, (B, H, W, 3, 3 * C), (b, h, w, h, c))
     few = max(1, budget // (9 * C * H * W)) if xp is np else B
@@ -495,8 +495,8 @@ def conv3x3(p, x):
     y = xp.empty((B * H * W, D), x.dtype)
     for rows, windows in im2col(x):
         xp.matmul(windows, p.w.reshape(9 * C, D), out=y[rows])
-    of_rows = y.reshape(-1, W * D)
-    of_rows += xp.tile(p.b, W)
+    long_rows = y.reshape(-1, W * D)        # faster, see group_norm
+    long_rows += xp.tile(p.b, W)
 
     def back(dy):
         # x_n met the weight w_k on its way to y_{n-k}. So dx_n is the sum of dy_{n-k} w_k^T, a
@@ -525,8 +525,8 @@ def group_norm(x, scale, shift, groups=8, tiny=1e-5):
     def sums(a):                # over the pixels: (B, C)
         return (ones @ a.reshape(B, H * W, C))[:, 0]
 
-    def group_mean(sums):       # over each group's pixels and channels, at each channel: (B, C)
-        total = sums.reshape(B, groups, -1).sum(2) / (H * W * C // groups)
+    def group_mean(a):          # over each group's pixels and channels, at each channel: (B, C)
+        total = a.reshape(B, groups, -1).sum(2) / (H * W * C // groups)
         return total.repeat(C // groups, 1)
 
     def rows(a):                # (B, C) -> (B, 1, W C): NumPy broadcasts few long rows faster
@@ -543,7 +543,7 @@ def group_norm(x, scale, shift, groups=8, tiny=1e-5):
         dy = dy.reshape(B, H, W * C)
         dshift, dscale = sums(dy), r * sums(dy * centred)
         # Mean and r depend on all of x. They remove from r scale dy the two directions in which
-        # x can move and not change y: a shift of the group, and r centred itself.
+        # x can move and y (but for tiny) stay: a shift of the group, and r centred itself.
         dx = dy * rows(r * scale)
         dx -= rows(r * group_mean(scale * dshift))
         dx -= centred * rows(r * r * group_mean(scale * dscale))
@@ -640,7 +640,7 @@ def upsample(x):
 
 def timestep_embedding(t, width):
     """Steps (B,) as sines, then cosines, of wavelengths 2 pi to 20,000 pi: (B, width). The last
-    frequency is 1/10,000, as in DDPM's code; others divide by width/2 instead."""
+    frequency is 1/10,000, as in DDPM's code; others divide by half itself."""
     half = width // 2
     frequency = xp.exp(xp.arange(half) * (-math.log(10000) / (half - 1)))
     angle = t[:, None] * frequency
@@ -694,14 +694,14 @@ def level_layout(C, channels, counts, attended, E):
     D, *rest = channels
 
     def blocks(first):
-        return [res_block_layout(C, D, E, attended[0]) for C in [first] + [D] * (counts[0] - 1)]
+        return [res_block_layout(c, D, E, attended[0]) for c in [first] + [D] * (counts[0] - 1)]
     inner = {"inner": level_layout(D, rest, counts[1:], attended[1:], E),
              "match": product_layout(rest[0], D)} if rest else {}
     return {"down": blocks(C), **inner, "up": blocks(D)}
 
 def level(p, x, block):
     """One level of the U and all below it: blocks; the level below, on a picture of half the
-    size; blocks on its answer plus what we had (the skip connection)."""
+    size; blocks on its answer plus what we had (a skip connection; DDPM's concatenates)."""
     x, down_back = sequential(x, [partial(block, q) for q in p.down])
     if inner := hasattr(p, "inner"):        # and `match`, to as many channels as x has
         h, inner_back = sequential(average_pool(x), [partial(level, p.inner, block=block),
@@ -720,11 +720,11 @@ def level(p, x, block):
 class UNet:
     """The network: images (B, H, W, C), steps (B,), labels (B,) -> answer (B, H, W, C)."""
     image: tuple = (28, 28, 1)      # of any size; inside, it is padded to what the levels halve
-    channels: tuple = (32, 64)      # of each level; the picture halves from one to the next
+    channels: tuple = (32, 64)      # of each level, half the size each; the first even, above 3
     classes: int = 10               # labels are 0..classes-1; classes itself stands for none
     blocks: object = 1              # on each side of a level: for all levels, or for each one
     attention: tuple = ()           # levels, 0 on top, whose blocks end in self-attention
-    heads: int = 4                  # of the attention
+    heads: int = 4                  # of the attention; they divide its channels
     dropout: float = 0.0            # its rate, in every block
     space_to_depth: bool = False    # 2x2 pixels become channels inside: a quarter of the work
     rng: InitVar = 0                # for the parameters
@@ -760,7 +760,7 @@ class UNet:
     def forward(self, x, t, y=None, rng=None):
         """The answer, and back(dy), which adds to .grads and returns dx. t and the labels y are
         integers (B,), or one for all; y None is the null label. An rng turns dropout on."""
-        check(x.shape[1:] == self.image and x.dtype.kind in "fc",
+        check(x.shape[1:] == self.image and x.dtype.kind in "fc",       # c: the tests' steps
               f"x is {x.dtype} {x.shape}; it has to be floats (B, *{self.image})")
         p, t = self.params, xp.broadcast_to(xp.asarray(t), len(x))
         check(t.dtype.kind in "iu", f"t is {t.dtype}; it has to be integers of 1..T")
@@ -805,7 +805,7 @@ LOSSES = {      # of the error d, element by element: the loss and its slope
 def draw_batch(diffusion, images, labels, null, rng, batch, label_drop):
     """DDPM Algorithm 1's x0, t, y, eps; at a rate of label_drop y is null (CFG Algorithm 1)."""
     pick = rng.integers(len(images), size=batch)
-    # One t from each of `batch` equal parts of 1..T: less noise than of independent ones (VDM).
+    # One t from each of `batch` equal parts of 1..T has less noise (VDM shifts one grid alike).
     u = (np.arange(batch) + rng.random(batch)) / batch
     t = np.minimum(1 + (diffusion.T * u).astype(int), diffusion.T)      # u can round up to 1
     y = np.where(rng.random(batch) < label_drop, null, labels[pick])
@@ -845,10 +845,10 @@ class AdamW:
         move = m / (xp.sqrt(v) + 1e-8)
         ahead = b1 * self.m + (1 - b1) * grads      # where the mean is going (Nesterov)
         for where, shape in self.matrices:
-            m = orthogonal(ahead[where].reshape(shape))
+            u = orthogonal(ahead[where].reshape(shape))
             # Its root mean square is the longer side's ^-1/2; bring it to 0.2, as Adam's often
             # is, so that one learning rate serves both (2502.16982 section 2.2).
-            move[where] = (0.2 * max(m.shape) ** 0.5 * m).ravel()
+            move[where] = (0.2 * max(u.shape) ** 0.5 * u).ravel()
         params -= lr * (move + weight_decay * params)
 
 def orthogonal(m):
@@ -887,16 +887,16 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
           weight_decay=0.0, max_norm=1.0, ema=0.999, label_drop=0.1, accumulate=1, threads=1,
           chunk=16, state=None):
     """Train net to predict what the diffusion says. A generator of its State after every step,
-    always the same one; state.ema.flat, to draw with net.with_params of it, goes on changing
-    too. To go on later pass the State: it has its own rng, optimizer, ema and steps done.
+    always the same one, of which ema.flat goes on changing too: copy what you keep. To draw,
+    net.with_params(state.ema.flat). To go on, pass the State: rng, optimizer, momentum and ema
+    are then its own, and steps counts those it has done.
     images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers of 0..classes-1, at a rate of
     label_drop made the null label. loss: "l2", "l1" or "huber", times diffusion.loss_weight(t,
     weighting). optimizer: "adamw" or "muon". lr: the highest, after a linear warmup, before
     half a cosine to 0. max_norm: of the gradient. accumulate: batches to a step. On a CPU each
     batch is cut over threads and worked through chunk images at a time, so that they stay in
     the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1). A loss that is not finite
-    is a FloatingPointError, and the parameters stay as they were.
-    """
+    is a FloatingPointError, and the parameters stay as they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
     diffusion.loss_weight(1, weighting)         # refuses a name that it does not know
@@ -954,8 +954,8 @@ FORMAT = "tinyddpm checkpoint 2"
 
 def save(path, net, diffusion, state=None, **notes):
     """Write all that drawing needs, and with a State all that going on with training needs, to
-    one .npz without pickle; the file is whole, or as it was, as where numbers are not finite.
-    notes: anything JSON can hold, for load to give back."""
+    one .npz without pickle. A save that fails, or of numbers that are not finite, leaves the
+    old file. notes: anything JSON can hold, for load to give back."""
     meta = {"format": FORMAT, "net": {f.name: getattr(net, f.name) for f in fields(net)},
             "predicts": diffusion.predicts, "notes": notes}
     arrays = {"betas": diffusion.beta[1:], "params": net.params.flat}
@@ -1078,7 +1078,7 @@ def gradient_errors(layer, p, inputs, h=1e-5):
         pairs.append((name, p.flat[start:end], p.grad.flat[start:end]))
     for name, a, da in pairs:
         start, u, f = a.copy(), normal(rng, a.shape, a.dtype), []
-        for shift in (h, -h, 0):
+        for shift in (h, -h, 0):                # 0 puts it back
             a[...] = start + shift * u
             f.append(float((c * layer(*args)[0]).sum()))
         error = abs((f[0] - f[1]) / (2 * h) - float((u * da).sum()))
