@@ -1,12 +1,14 @@
 """Each layer of the demo's network, forward and backward, against the peaks of this machine.
 
     python benchmarks/layers.py             one thread, one chunk of 16 images, as in training
+    python benchmarks/layers.py --short     each once, to see that it runs
 
 GFLOP/s counts the products' multiplications and additions (a convolution's backward has twice
 its forward's), GB/s what must be read and written at least: x and y forward; dy, x and dx
 backward. The peaks, of a 1,024-wide product and of a copy of as many numbers as the layer's x,
 are measured in turns with the layers.
 """
+import argparse
 import os
 import statistics
 import sys
@@ -22,7 +24,7 @@ import numpy as np                                                              
 import demo                                                                     # noqa: E402
 import tinyddpm as td                                                           # noqa: E402
 
-IMAGES, ROUNDS = 16, 30
+IMAGES = 16
 
 
 def cases():
@@ -64,6 +66,11 @@ def seconds(function):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30, help="rounds (default: 30)")
+    parser.add_argument("--short", action="store_const", const=1, dest="repeats")
+    rounds = parser.parse_args().repeats
     demo.keep_memory()
     rng = np.random.default_rng(0)
     layers = cases()
@@ -74,7 +81,7 @@ def main():
     copies = {name: np.empty_like(x) for name, x in inputs.items()}
     times = {name: ([], [], []) for name in layers}
     peaks = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         peaks.append(seconds(lambda: np.matmul(a, a, out=product))[0])
         for name, (layer, _, _) in layers.items():
             x, dy = inputs[name], slopes[name]
@@ -84,7 +91,7 @@ def main():
             for column, value in zip(times[name], (forward, backward, copy)):
                 column.append(value)
     peak = 2 * 1024 ** 3 / statistics.median(peaks) / 1e9
-    print(f"{IMAGES} images, one thread, medians of {ROUNDS} rounds; sgemm peak "
+    print(f"{IMAGES} images, one thread, medians of {rounds} rounds; sgemm peak "
           f"{peak:.0f} GFLOP/s; copy: x read and written once\n")
     print(f"{'':24}{'forward':>30}{'':4}{'backward':>30}\n{'':24}"
           + "    ".join([f"{'ms':>6}{'GFLOP/s':>9}{'GB/s':>7}{'of peak':>8}"] * 2))

@@ -1,6 +1,7 @@
 """Time and memory of a training step and of drawing, as each size grows and the rest stays.
 
     python benchmarks/scaling.py            a table, and docs/scaling.png
+    python benchmarks/scaling.py --short    the two smallest of each, and out/scaling.png
 
 Every row is a process of its own, whose peak resident memory is the whole of Python, NumPy and
 the digits too; "of the step" is what came on top of what it held before its first step.
@@ -20,8 +21,10 @@ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np                                                              # noqa: E402
+from matplotlib.figure import Figure                                            # noqa: E402
 
 import demo                                                                     # noqa: E402
+import files                                                                    # noqa: E402
 import tinyddpm as td                                                           # noqa: E402
 
 BASE = {"batch": 64, "width": 16, "side": 28, "threads": 2, "calls": 0}
@@ -38,7 +41,7 @@ def measure(batch, width, side, threads, calls):
     demo.keep_memory()
     rng = np.random.default_rng(0)
     net = demo.network((side, side, 1), (width, 2 * width, 4 * width))
-    diffusion = td.Diffusion(td.cosine_betas(1000), demo.PREDICTS)
+    diffusion = demo.process()
     images = np.clip(td.normal(rng, (1000, side, side, 1)), -1, 1)
     if calls:
         model = td.guided(demo.parallel(net, threads), np.arange(batch) % 10, net.null, 2.0)
@@ -47,8 +50,8 @@ def measure(batch, width, side, threads, calls):
         def step():
             td.sample(td.ddim(model, diffusion, x, steps=calls))
     else:
-        training = td.train(net, diffusion, images, np.arange(1000) % 10, steps=10 ** 6,
-                            batch=batch, threads=threads, **demo.TRAINING)
+        demo.THREADS = threads
+        training = demo.learn(net, diffusion, images, np.arange(1000) % 10, 10 ** 6, batch)
 
         def step():
             next(training)
@@ -64,15 +67,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--short", action="store_true", help="the first of each series alone")
+    parser.add_argument("--short", action="store_true", help="to see that it runs")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(**args.one)))
         return
     print(f"otherwise batch 64, channels 16, 32, 64, 28x28, 2 threads\n\n{'':>10}{'':>10}"
           f"{'ms':>10}{'us an image':>13}{'MB in all':>11}{'MB of it':>10}")
-    figure, axes = demo.plt.subplots(1, len(SERIES), figsize=(15, 3), layout="constrained")
-    for ax, (name, values) in zip(axes, SERIES.items()):
-        rows = []
+    figure = Figure((15, 3), layout="constrained")
+    for ax, (name, values) in zip(figure.subplots(1, len(SERIES)), SERIES.items()):
+        values, rows = values[:2] if args.short else values, []
         for value in values:
             case = {**BASE, name: value}
             out = subprocess.run([sys.executable, __file__, "--one", json.dumps(case)],
@@ -88,8 +93,8 @@ def main():
         ax.set_xticks(values, values)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].legend()
-    demo.keep(figure, demo.HERE / "docs" / "scaling.png")
+    figure.axes[0].legend()
+    files.keep(figure, (demo.OUT if args.short else demo.HERE / "docs") / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/vs_torch.py               medians, and ratios to PyTorch's better format
     python benchmarks/vs_torch.py --isa avx2    both libraries held to AVX2 instructions
     python benchmarks/vs_torch.py --compile     torch.compile as well
+    python benchmarks/vs_torch.py --short       each once, to see that it runs
 
 With --isa best each library takes the fastest instructions that it finds, whatever the
 environment holds OpenBLAS to; with --isa env the environment decides. On a GPU both use TF32.
@@ -39,6 +40,7 @@ import torch                                                                    
 import torch.nn.functional as F                                                 # noqa: E402
 
 import demo                                                                     # noqa: E402
+import pictures                                                                 # noqa: E402
 import tinyddpm as td                                                           # noqa: E402
 from torch_unet import TorchUNet                                                # noqa: E402
 
@@ -71,9 +73,8 @@ def ours(make, diffusion, images, labels, batch):
     """Two functions: one training step, one sampling forward."""
     net = make()
     images = images_for(net, images)
-    training = td.train(net, diffusion, images, labels, steps=10 ** 6, batch=batch,
-                        threads=THREADS, **demo.TRAINING | {"optimizer": "adamw"})
-    model = net if demo.ON_GPU else demo.parallel(net, THREADS)
+    training = demo.learn(net, diffusion, images, labels, 10 ** 6, batch, "adamw")
+    model = net if demo.ON_GPU else demo.parallel(net)
     x = td.normal(np.random.default_rng(0), (batch, *net.image))
     t, y = np.full(batch, 500), np.arange(batch) % 10
     return lambda: next(training), lambda: model(x, t, y)
@@ -110,14 +111,13 @@ class TorchStep:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.muon_step(lr)
-        decay = min(demo.TRAINING["ema"], (1 + n) / (10 + n))
+        decay = min(demo.EMA, (1 + n) / (10 + n))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
         return loss     # not looked at: that would be waiting for a GPU
 
-
     @torch.no_grad()
     def muon_step(self, lr):
-        """As tinyddpm.Muon does."""
+        """As tinyddpm.AdamW does with muon=True."""
         for p, mean in self.matrices.items():
             mean.lerp_(p.grad, 0.1)
             m = torch.lerp(mean, p.grad, 0.1).flatten(1)
@@ -187,7 +187,9 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--short", action="store_true")
     args = parser.parse_args()
+    batches, repeats = ([8], 1) if args.short else (args.batch, args.repeats)
     demo.keep_memory()
     torch.set_num_threads(THREADS)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -195,21 +197,20 @@ def main():
     print(f"NumPy {np.__version__}, PyTorch {torch.__version__}, {THREADS} threads each, "
           f"instructions: {args.isa}; sgemm on one thread: NumPy {numpys:.0f} GFLOP/s, "
           f"PyTorch {torchs:.0f}")
-    images, labels = demo.load_digits(demo.HERE / "data", "train")
-    images, labels = images[:2000], labels[:2000]
-    diffusion = td.Diffusion(td.cosine_betas(1000), demo.PREDICTS)
+    digits, diffusion = pictures.load(), demo.process()
+    images, labels = digits.images[:2000], digits.labels[:2000]
     for title, make in NETS.items():
         output, gradient = compare(make)
         print(f"\n{title}: outputs differ by {output:.0e}, gradients by {gradient:.0e} of the "
               "largest")
-        for batch in args.batch:
+        for batch in batches:
             data = diffusion, images, labels, batch
             runs = {"tinyddpm": ours(make, *data), "contiguous": theirs(make, *data, False),
                     "channels-last": theirs(make, *data, True)}
             if args.compile:
                 runs["compiled"] = theirs(make, *data, True, True)
             for i, what in enumerate(("training step", "sampling forward")):
-                ms = alternate({name: run[i] for name, run in runs.items()}, args.repeats)
+                ms = alternate({name: run[i] for name, run in runs.items()}, repeats)
                 best = min(ms["contiguous"], ms["channels-last"])
                 print(f"  batch {batch:4} {what:17}" + "  ".join(
                     f"{name} {1000 * value:.1f}" for name, value in ms.items())

@@ -2,18 +2,25 @@
 refuses, so that a host array in the wrong place is found without a GPU.
 
     arrays of the host (other than scalars) do not mix with those of the device
-    a device array becomes a host array by .get() alone, and a number by float(), int(), bool()
-    ufuncs take no `where`; NAMES are all that the module has
+    a device array becomes a host array by .get() alone, a number by float(), bool() or in a
+    message; each time the host has to wait for the device, and WAITS counts that
+    functions, methods and their keywords are those of the tables; ufuncs take no `where`
+    memory that is not filled is full of NaN
 """
+from collections import Counter
+
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-# What tinyddpm uses; tests/test_backend.py looks all of them up in the installed CuPy.
-NAMES = set("""abs arange array array_split asarray broadcast_to clip concatenate cos empty
-    empty_like exp full matmul maximum multiply ones pad quantile sign sin split sqrt stack tanh
-    tile where zeros zeros_like ndarray""".split())
-METHODS = set("""T astype copy dtype max mean min ndim ravel repeat reshape shape size std
-    strides sum swapaxes take transpose""".split())
+# All that tinyddpm asks for, with the keywords; tests/test_backend.py looks it up in the
+# installed CuPy.
+FUNCTIONS = dict.fromkeys("""abs arange array array_split asarray broadcast_to clip concatenate
+    cos empty empty_like exp full maximum ones pad sign sin sqrt stack tanh tile where zeros
+    zeros_like""".split(), ()) | {"matmul": ["out"], "quantile": ["axis"], "split": ["axis"]}
+METHODS = dict.fromkeys("copy mean min ravel repeat reshape swapaxes transpose".split(), ()) | {
+    "astype": ["copy"], "max": ["keepdims"], "std": ["keepdims"], "sum": ["keepdims"]}
+ATTRIBUTES = "T dtype ndim shape size strides".split()
+WAITS = Counter()
 
 
 def unwrap(a):
@@ -33,6 +40,14 @@ def wrap(a):
     return Array(a) if isinstance(a, (np.ndarray, np.generic)) else a
 
 
+def allowed(table, name, keywords):
+    """Refuses what is not in the table."""
+    if name not in table:
+        raise AttributeError(f"{name} is not in the table: see whether CuPy has it, and add it")
+    if unknown := set(keywords) - {*table[name]}:
+        raise TypeError(f"{name} has the keywords {unknown}: see whether CuPy has them")
+
+
 class Array(NDArrayOperatorsMixin):
     """An array of the device."""
 
@@ -40,6 +55,7 @@ class Array(NDArrayOperatorsMixin):
         self.host = np.asarray(host)
 
     def get(self):
+        WAITS["get"] += 1
         return self.host.copy()
 
     def __array__(self, *args, **kwargs):
@@ -57,12 +73,15 @@ class Array(NDArrayOperatorsMixin):
         return getattr(xp, function.__name__)(*args, **kwargs)
 
     def __getattr__(self, name):
-        if name not in METHODS:
-            raise AttributeError(f"CuPy's arrays are not asked for {name}")
-        found = getattr(self.host, name)
-        if not callable(found) or name == "dtype":
+        if name in ATTRIBUTES:
+            found = getattr(self.host, name)
             return wrap(found) if isinstance(found, np.ndarray) else found
-        return lambda *args, **kwargs: wrap(found(*unwrap(args), **kwargs))
+        allowed(METHODS, name, ())
+
+        def method(*args, **kwargs):
+            allowed(METHODS, name, kwargs)
+            return wrap(getattr(self.host, name)(*unwrap(args), **kwargs))
+        return method
 
     def __getitem__(self, index):
         return wrap(self.host[unwrap(index)])
@@ -77,12 +96,15 @@ class Array(NDArrayOperatorsMixin):
         return (wrap(a) for a in self.host)
 
     def __float__(self):
+        WAITS["float"] += 1
         return float(self.host)
 
     def __bool__(self):
+        WAITS["bool"] += 1
         return bool(self.host)
 
     def __format__(self, spec):
+        WAITS["format"] += 1
         return format(self.host, spec)
 
 
@@ -96,17 +118,18 @@ class Module:
                 return Array(np.lib.stride_tricks.as_strided(unwrap(a), shape, strides))
 
     def __getattr__(self, name):
-        if name not in NAMES:
-            raise AttributeError(f"NAMES has no {name}: see whether CuPy has it, and add it")
-        function = getattr(np, name)
+        allowed(FUNCTIONS, name, ())
 
-        def on_device(*args, **kwargs):
+        def function(*args, **kwargs):
+            allowed(FUNCTIONS, name, kwargs)
             if name in ("asarray", "array") and isinstance(args[0], (np.ndarray, np.generic)):
-                return Array(function(*args, **kwargs).copy())      # from the host, copied
+                return Array(getattr(np, name)(*args).copy())       # from the host, copied
             kwargs = {key: unwrap(value) for key, value in kwargs.items()}
-            result = function(*unwrap(args), **kwargs)
-            return args and kwargs.get("out") is not None or wrap(result)
-        return on_device
+            result = getattr(np, name)(*unwrap(args), **kwargs)
+            if name in ("empty", "empty_like"):
+                result[...] = np.nan
+            return wrap(result)
+        return function
 
 
 xp = Module()

@@ -202,6 +202,12 @@ def test_lost_and_foreign_pieces(whole, data):
         refused_or_right(whole, damaged)
 
 
+def test_the_refusal_stays_short(whole):
+    """A wrong length of a name makes zipfile quote the file in its error."""
+    whole[0].write_bytes(flipped(whole[1], [8 * 27, 8 * 27 + 1, 8 * 27 + 2]))
+    refused(whole[0])
+
+
 @pytest.mark.slow
 def test_a_bit_flipped_in_every_byte(whole):
     raw, rng = whole[1], np.random.default_rng()
@@ -348,6 +354,7 @@ def test_a_save_that_breaks_off_leaves_the_last_file(saved, module, name, broken
         assert error is KeyboardInterrupt or caught.value.filename == str(path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of NumPy 2.0
 def test_a_disk_that_is_full_at_any_byte(saved):
     """No file can grow beyond so many bytes; for this process alone."""
     resource = pytest.importorskip("resource")
