@@ -731,7 +731,8 @@ class UNet:
     dtype: InitVar = np.float32     # of the parameters, and so of all computing; or float64
 
     def __post_init__(self, rng, dtype):
-        self.image, self.channels = tuple(self.image), tuple(self.channels)
+        for name in ("image", "channels", "attention"):     # lists, as a checkpoint has them
+            setattr(self, name, tuple(getattr(self, name)))
         levels, C, E = len(self.channels), self.channels[0], 4 * self.channels[0]
         blocks = [self.blocks] * levels if np.ndim(self.blocks) == 0 else self.blocks
         check(len(blocks) == levels and min(blocks) > 0, f"blocks are {blocks} for {levels}")
@@ -905,7 +906,7 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     check(images.shape[1:] == net.image and -1.001 < low <= high < 1.001, f"images are "
           f"{images.shape} from {low:.4g} to {high:.4g}, not (N, *{net.image}) in [-1, 1]")
     if low >= 0:
-        warnings.warn("no image is below 0: are they in [0, 1]? They should be in [-1, 1]")
+        warnings.warn("no image is below 0: is it [0, 1]? It should be [-1, 1]", stacklevel=2)
     labels = np.zeros(len(images), int) if labels is None and not net.classes else labels
     labels = checked_labels(labels, max(net.classes - 1, 0))    # the null label is not for data
     check(labels.shape == images.shape[:1], f"labels are {labels.shape}, not ({len(images)},)")
@@ -922,17 +923,16 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
                    for part in parts)
 
     def run():      # apart, so that the checks above run at the call, not at the first next()
-        rng = state.rng
         with ThreadPoolExecutor(threads) as pool:
             while state.step < steps:
                 for worker in workers:
                     worker.grads.flat = 0
                 mean_loss = 0.0
                 for _ in range(accumulate):
-                    drawn = draw_batch(diffusion, images, labels, net.null, rng, batch,
+                    drawn = draw_batch(diffusion, images, labels, net.null, state.rng, batch,
                                        label_drop)
                     parts = (np.array_split(a, threads) for a in drawn)
-                    seed = rng.integers(2 ** 63)
+                    seed = state.rng.integers(2 ** 63)
                     rngs = [np.random.default_rng((seed, i)) for i in range(threads)]
                     mean_loss += sum(pool.map(work, workers, rngs, *parts))
                 grads = sum(worker.grads.flat for worker in workers)

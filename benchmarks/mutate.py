@@ -353,7 +353,7 @@ def main():
     print(f"{len(found)} tests recorded in {time.monotonic() - start:.0f} s", flush=True)
     nothing = types.SimpleNamespace(function=0, apply=lambda: None)
     if not found or is_killed(tree, nothing, [files], found):
-        raise SystemExit("in a fork, the tests fail without a mutation")
+        raise SystemExit("without a mutation no test is left, or some fail in a fork")
     table = []
     for short in chosen:
         start, some, killed = time.monotonic(), sections[short], 0

@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
