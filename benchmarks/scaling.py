@@ -67,7 +67,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--short", action="store_true", help="the first of each series alone")
     parser.add_argument("--short", action="store_true", help="to see that it runs")
     args = parser.parse_args()
     if args.one:
