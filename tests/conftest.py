@@ -22,6 +22,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    # An older matplotlib beside a newer pyparsing warns, of nothing that is ours.
+    config.addinivalue_line("filterwarnings", "ignore:.*deprecated.{1,3}use .*:DeprecationWarning")
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
     config.addinivalue_line("markers", "gpu: needs CuPy and a GPU")
     settings.load_profile("slow" if config.getoption("--slow") else "default")
