@@ -163,7 +163,7 @@ PREDICTS = {
 }
 
 class Diffusion:
-    """The process that turns an image into noise, and what a model of it predicts.
+    """The process that turns an image into noise (diffusion), and what a model of it predicts.
     betas: (T,), from a schedule. predicts: "eps", "x0", "v" or "flow"; training, samplers and
     likelihood read it here. Tables .beta .alpha .abar .snr are host float64 of length T+1;
     index 0 is clean data: beta 0, abar 1, snr infinite. In every method t is an integer of
@@ -345,7 +345,9 @@ def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", clip=(-1, 
             ahead = x + (phi_s - phi) * v
             x0_s = diffusion.to_x0(ahead, s, model(ahead, xp.full(len(x), s)), clip)
             v_s = (math.cos(phi_s) * ahead - x0_s) / math.sin(phi_s)
-        x = x + (phi_s - phi) * (v + v_s) / 2 if s else x0
+            x = x + (phi_s - phi) * (v + v_s) / 2
+        else:
+            x = x0
         yield s, x
 
 def sample(sampler):
@@ -718,7 +720,8 @@ def level(p, x, block):
 
 @dataclass(eq=False)
 class UNet:
-    """The network: images (B, H, W, C), steps (B,), labels (B,) -> answer (B, H, W, C)."""
+    """The network: images (B, H, W, C), steps (B,), labels (B,) -> answer (B, H, W, C).
+    x may have more channels than an image, and the answer more images: condition, answers."""
     image: tuple = (28, 28, 1)      # of any size; inside, it is padded to what the levels halve
     channels: tuple = (32, 64)      # of each level, half the size each; the first even, above 3
     classes: int = 10               # labels are 0..classes-1; classes itself stands for none
@@ -727,6 +730,8 @@ class UNet:
     heads: int = 4                  # of the attention; they divide its channels
     dropout: float = 0.0            # its rate, in every block
     space_to_depth: bool = False    # 2x2 pixels become channels inside: a quarter of the work
+    condition: int = 0              # channels of x behind the image's, for a picture to go by
+    answers: int = 1                # images in the answer: 2 where it says variances, too
     rng: InitVar = 0                # for the parameters
     dtype: InitVar = np.float32     # of the parameters, and so of all computing; or float64
 
@@ -739,14 +744,17 @@ class UNet:
         check({*self.attention} <= {*range(levels)}, f"attention is at {self.attention}")
         check(0 <= self.dropout < 1, f"dropout is {self.dropout}; it has to be below 1")
         check(np.dtype(dtype) in ("f4", "f8"), f"dtype is {dtype}, not float32 or float64")
-        self.null, pixel = self.classes, self.image[2] * 4 ** self.space_to_depth
+        self.null, pixel = self.classes, 4 ** self.space_to_depth
+        self.input = (*self.image[:2], self.image[2] + self.condition)
         attended = [i in self.attention for i in range(levels)]
         self.params = initial({
             "time1": product_layout(C, E), "time2": product_layout(E, E),
             **({"label": ((self.classes + 1, E), 1)} if self.classes else {}),
-            "stem": product_layout(3, 3, pixel, C),
+            "stem": product_layout(3, 3, pixel * self.input[2], C),
             "top": level_layout(C, self.channels, blocks, attended, E),
-            "norm": norm_layout(C), "out": product_layout(3, 3, C, pixel, gain=0)}, rng, dtype)
+            "norm": norm_layout(C),
+            "out": product_layout(3, 3, C, pixel * self.answers * self.image[2], gain=0),
+        }, rng, dtype)
         self.grads = self.params.grad       # by the same names
 
     def with_params(self, params):
@@ -761,8 +769,8 @@ class UNet:
     def forward(self, x, t, y=None, rng=None):
         """The answer, and back(dy), which adds to .grads and returns dx. t and the labels y are
         integers (B,), or one for all; y None is the null label. An rng turns dropout on."""
-        check(x.shape[1:] == self.image and x.dtype.kind in "fc",       # c: the tests' steps
-              f"x is {x.dtype} {x.shape}; it has to be floats (B, *{self.image})")
+        check(x.shape[1:] == self.input and x.dtype.kind in "fc",       # c: the tests' steps
+              f"x is {x.dtype} {x.shape}; it has to be floats (B, *{self.input})")
         p, t = self.params, xp.broadcast_to(xp.asarray(t), len(x))
         check(t.dtype.kind in "iu", f"t is {t.dtype}; it has to be integers of 1..T")
         y = xp.asarray(checked_labels(self.null if y is None else y, self.null))
@@ -833,7 +841,7 @@ class AdamW:
         self.momentum, self.muon, self.matrices, end = momentum, muon, [], 0
         for name, shape, _ in leaves(params.layout):
             start, end = end, end + math.prod(shape)
-            if muon and name.startswith("top.") and len(shape) > 1:
+            if muon and name.startswith("top.") and len(shape) > 1:     # of the UNet's levels
                 self.matrices.append((slice(start, end), (-1, shape[-1])))
 
     def step(self, params, grads, lr, weight_decay=0.0):
@@ -886,26 +894,28 @@ class State:
 def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="l2",
           weighting="simple", optimizer="adamw", lr=2e-3, warmup=100, momentum=(0.9, 0.99),
           weight_decay=0.0, max_norm=1.0, ema=0.999, label_drop=0.1, accumulate=1, threads=1,
-          chunk=16, state=None):
+          chunk=16, bounds=(-1, 1), gradient=add_gradient, state=None):
     """Train net to predict what the diffusion says. A generator of its State after every step,
     always the same one, of which ema.flat goes on changing too: copy what you keep. To draw,
     net.with_params(state.ema.flat). To go on, pass the State: rng, optimizer, momentum and ema
     are then its own, and steps counts those it has done.
-    images: (N, H, W, C) floats in [-1, 1]. labels: (N,) integers of 0..classes-1, at a rate of
-    label_drop made the null label. loss: "l2", "l1" or "huber", times diffusion.loss_weight(t,
-    weighting). optimizer: "adamw" or "muon". lr: the highest, after a linear warmup, before
+    images: (N, H, W, C) floats within bounds. labels: (N,) integers of 0..classes-1, at a rate
+    of label_drop made the null label. loss: "l2", "l1" or "huber", times diffusion.loss_weight(
+    t, weighting). optimizer: "adamw" or "muon". lr: the highest, after a linear warmup, before
     half a cosine to 0. max_norm: of the gradient. accumulate: batches to a step. On a CPU each
     batch is cut over threads and worked through chunk images at a time, so that they stay in
-    the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1). A loss that is not finite
-    is a FloatingPointError, and the parameters stay as they were."""
+    the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1). gradient: for a loss of
+    your own, called as add_gradient is; images then have net.condition more channels. A loss
+    that is not finite is a FloatingPointError, and the parameters stay as they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
     diffusion.loss_weight(1, weighting)         # refuses a name that it does not know
     images = xp.asarray(images, net.params.flat.dtype)
     low, high = float(images.min()), float(images.max())
-    check(images.shape[1:] == net.image and -1.001 < low <= high < 1.001, f"images are "
-          f"{images.shape} from {low:.4g} to {high:.4g}, not (N, *{net.image}) in [-1, 1]")
-    if low >= 0:
+    check(images.shape[1:] == net.input
+          and bounds[0] - 0.001 < low <= high < bounds[1] + 0.001, f"images are {images.shape} "
+          f"from {low:.4g} to {high:.4g}, not (N, *{net.input}) within {bounds}")
+    if low >= 0 > bounds[0]:
         warnings.warn("no image is below 0: is it [0, 1]? It should be [-1, 1]", stacklevel=2)
     labels = np.zeros(len(images), int) if labels is None and not net.classes else labels
     labels = checked_labels(labels, max(net.classes - 1, 0))    # the null label is not for data
@@ -919,7 +929,7 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
 
     def work(worker, rng, *arrays):
         parts = ([a[i:i + chunk] for a in arrays] for i in range(0, len(arrays[0]), chunk))
-        return sum(add_gradient(worker, diffusion, *part, total, loss, weighting, rng)
+        return sum(gradient(worker, diffusion, *part, total, loss, weighting, rng)
                    for part in parts)
 
     def run():      # apart, so that the checks above run at the call, not at the first next()

@@ -23,7 +23,8 @@ X, Y = np.random.default_rng(2).uniform(-1, 1, (5, *IMAGE)), np.array([2, 0, 1, 
 class Stub:
     """A network that answers 0, whose gradient is the same for all parts of a batch. It notes
     what its dropout draws."""
-    image, classes, null = IMAGE, 0, 0
+    image = input = IMAGE
+    classes = null = 0
 
     def __init__(self, slope=(1.0,)):
         self.slope, self.drawn, self.params = np.array(slope), [], one(np.zeros(len(slope)))
@@ -248,6 +249,31 @@ def test_a_step_is_algorithm_1_however_cut(threads, chunk, accumulate, monkeypat
                     momentum=(0, 0.99), max_norm=math.inf)
     close(state.loss, loss)
     close(state.optimizer.m, other.grads.flat)
+
+
+def test_a_loss_of_ones_own_and_a_picture_to_go_by():
+    """Here, of x0 squared, and without noise: the answer goes by the channel behind x0."""
+    def squares(net, diffusion, x0, t, y, eps, total, loss, weighting, rng):
+        assert (loss, weighting) == ("l1", "snr") and x0.shape[1:] == eps.shape[1:] == (2, 3, 2)
+        out, back = net.forward(x0, t, y, rng)
+        error = out - x0[..., :1] ** 2
+        back(2 * error / total)
+        return (error ** 2).sum() / total
+    net, images = small(condition=1), np.concatenate([X, X[::-1]], 3)
+    other, batch = copy.deepcopy(net), td.draw_batch(DIFFUSION, images, Y, 3,
+                                                     np.random.default_rng(7), 6, 0.1)
+    loss = squares(other, DIFFUSION, *batch, 36, "l1", "snr", None)
+    state = trained(net, Y, steps=1, images=images, rng=7, batch=6, loss="l1", weighting="snr",
+                    momentum=(0, 0.99), max_norm=math.inf, gradient=squares)
+    close(state.loss, loss)
+    close(state.optimizer.m, other.grads.flat)
+
+
+def test_data_may_have_bounds_of_its_own():
+    """Unit variance, say, where images would be within -1 and 1. Beyond them nothing goes."""
+    images = 4 * X
+    trained(small(), Y, steps=1, images=images, bounds=(-4, 4))
+    refused("(-3, 4)", td.train, small(), DIFFUSION, images, Y, steps=1, bounds=(-3, 4))
 
 
 def test_threads_draw_the_same():

@@ -13,7 +13,7 @@ from common import close, refused
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 SMALL = dict(image=(5, 6, 2), channels=(12, 16), classes=3, attention=(1,), dtype=np.float64)
 ALL = dict(image=(5, 7, 2), channels=(4, 12, 8), classes=3, blocks=(1, 2, 1), attention=(0, 2),
-           heads=2, dropout=0.4, space_to_depth=True)
+           heads=2, dropout=0.4, space_to_depth=True, condition=1, answers=2)
 
 
 def small(**changes):
@@ -26,7 +26,7 @@ def small(**changes):
 def batch(net, B=3):
     """Images, steps and labels for it, the null label among them."""
     rng = np.random.default_rng(2)
-    x, t = rng.standard_normal((B, *net.image)), rng.integers(1, 1000, B)
+    x, t = rng.standard_normal((B, *net.input)), rng.integers(1, 1000, B)
     return x, t, np.arange(net.null, net.null - B, -1) % (net.classes + 1)
 
 
@@ -40,7 +40,8 @@ def configurations(draw):
         blocks=draw(st.sampled_from([1, 2, (1, 2, 1)[-len(levels):], (2, 1, 2)[:len(levels)]])),
         attention=draw(st.lists(st.sampled_from(levels), unique=True)),
         heads=draw(st.sampled_from([1, 2])), classes=draw(st.sampled_from([0, 1, 3])),
-        dropout=draw(st.sampled_from([0.0, 0.4])), space_to_depth=draw(st.booleans()))
+        dropout=draw(st.sampled_from([0.0, 0.4])), space_to_depth=draw(st.booleans()),
+        condition=draw(st.sampled_from([0, 2])), answers=draw(st.sampled_from([1, 2])))
 
 
 # ------------------------------------------------------------------------------- the drawing
@@ -119,8 +120,8 @@ def test_gradient_of_the_whole_network(configuration, seed):
     by the complex step, as in test_layers."""
     net, rng = small(**configuration), np.random.default_rng(seed)
     x, t, y = batch(net, 2)
-    _, back = net.forward(x, t, y, 4)
-    c, dx = rng.standard_normal((2, *x.shape))
+    out, back = net.forward(x, t, y, 4)
+    c, dx = rng.standard_normal(out.shape), rng.standard_normal(x.shape)
     dp = rng.standard_normal(net.params.flat.size)
     shifted = net.with_params(net.params.flat + 1e-30j * dp)
     forward = c * shifted.forward(x + 1e-30j * dx, t, y, 4)[0].imag / 1e-30
@@ -164,6 +165,16 @@ def test_first_and_last_parameters(classes, space_to_depth):
     assert (p.time1.w.shape, p.time2.w.shape) == ((4, 16), (16, 16))
     assert not classes or p.label.shape == (4, 16)
     assert (p.stem.w.shape, p.out.w.shape) == ((3, 3, pixel, 4), (3, 3, 4, pixel))
+
+
+def test_more_comes_in_than_an_image_and_more_goes_out():
+    """A picture to go by, of 2 channels here; and beside what is learned, how sure it is."""
+    net = small(condition=2, answers=3)
+    x, t, y = batch(net)
+    out, back = net.forward(x, t, y)
+    assert (x.shape, out.shape, back(out).shape) == ((3, 5, 6, 4), (3, 5, 6, 6), x.shape)
+    refused((3, 5, 6, 2), net, x[..., :2], t, y)
+    assert (abs(net(x + [0, 0, 0, 0.1], t, y) - out) > 1e-6).any(axis=(1, 2)).all()
 
 
 def test_unless_told_it_is_a_network_for_digits():

@@ -1,0 +1,51 @@
+"""What the examples share: the bundled digits, the network that comes with the demo, the score's
+classifier, and a command line with two options."""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import demo                                                                     # noqa: E402
+import pictures                                                                 # noqa: E402
+import tinyddpm as td                                                           # noqa: E402
+from score import Score                                                         # noqa: E402
+
+
+def digits():
+    """The bundled digits: .images (10000, 28, 28, 1) in [-1, 1], .labels, .test_images, ..."""
+    return pictures.load()
+
+
+def shipped():
+    """The network of weights/mnist.npz, which the demo trained, and its diffusion. As a model,
+    demo.parallel(net) computes the same on all cores."""
+    net, diffusion, _, _ = td.load(demo.WEIGHTS)
+    return net, diffusion
+
+
+def learn(net, diffusion, images, labels=None, *, steps, said="training", **options):
+    """td.train as the demo does it, on all cores; returns net with its averaged parameters."""
+    options = dict(optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, threads=demo.THREADS,
+                   rng=1) | options
+    began = time.perf_counter()
+    states = td.train(net, diffusion, images, labels, steps=steps, **options)
+    for state in demo.tqdm(states, said, steps, disable=None):
+        pass
+    print(f"{said}: {steps:,} steps, {time.perf_counter() - began:.0f} s")
+    return net.with_params(state.ema.flat)
+
+
+def run(example):
+    """Call example(out, short) with what the command line says; a failure is one sentence."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=demo.OUT, help="folder of the pictures")
+    parser.add_argument("--short", action="store_true", help="a trial in seconds, as CI has it")
+    args = parser.parse_args()
+    demo.keep_memory()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with demo.one_sentence(Path(sys.argv[0]).name):
+        example(args.out, args.short)
