@@ -38,7 +38,7 @@ THREADS, CHUNK = (1, 500) if ON_GPU else (CORES, 32)
 
 # Chosen by measurement: the best found for five minutes on two CPU cores. For a GPU, larger.
 CHANNELS = [64, 128, 128] if ON_GPU else [16, 32, 64]
-STEPS, BATCH = (6000, 128) if ON_GPU else (1900, 64)
+STEPS, BATCH = (6000, 128) if ON_GPU else (1650, 64)
 LR, EMA = {"muon": 1.2e-2, "adamw": 2e-3}, 0.995
 TRAINING = dict(steps=STEPS, batch=BATCH, predicts="v", schedule="cosine", T=1000,
                 optimizer="muon", lr=None, channels=CHANNELS, seed=0)
@@ -237,21 +237,21 @@ def trained(args):
     its diffusion; its notes. Where nothing is trained, or for a trial of a few steps only, the
     weights that come with the demo. Says which."""
     path, free = args.model or args.out / "model.npz", args.model is None and args.out == OUT
-    if free and not path.exists():
-        path = WEIGHTS
-    elif not (args.model or path.exists()):
+    if not (args.model or free or path.exists()):
         raise FileNotFoundError(f"{path} is not there yet: `python demo.py --out {args.out}` "
                                 "trains it, and --model FILE chooses another")
-    net, diffusion, state, notes = td.load(path)
-    if free and state and state.step < 100 and notes.get("data") == td.load(WEIGHTS)[3]["data"]:
+    shipped = td.load(WEIGHTS)
+    loaded = td.load(path) if path.exists() or not free else shipped
+    net, diffusion, state, notes = loaded
+    if free and state and state.step < 100 and notes.get("data") == shipped[3]["data"]:
         print(f"{path} has had {state.step} steps of training, too few to draw with; --model "
               f"{path} insists")
-        path = WEIGHTS
-        net, diffusion, state, notes = td.load(path)
+        net, diffusion, state, notes = loaded = shipped
     if state:
         net, notes["steps"] = net.with_params(state.ema.flat), state.step
     notes.setdefault("names", [str(k) for k in range(net.classes)])
-    print(f"drawing with {'the weights that come with the demo' if path == WEIGHTS else path}"
+    source = "the weights that come with the demo" if loaded is shipped else path
+    print(f"drawing with {source}"
           + (f", after {notes['steps']:,} steps of training" if "steps" in notes else ""))
     return net, diffusion, notes
 

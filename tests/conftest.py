@@ -5,7 +5,9 @@ from pathlib import Path
 
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")            # small products: threads only cost time
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 import pytest                                   # noqa: E402
 from hypothesis import settings                 # noqa: E402

@@ -1,20 +1,16 @@
 """benchmarks/score.py: the classifier has the right gradients, and learns; the Frechet distance
 is its formula; and the table says what was measured."""
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import demo                                                                     # noqa: E402
-import pictures                                                                 # noqa: E402
-import score                                                                    # noqa: E402
-import tinyddpm as td                                                           # noqa: E402
-from common import close                                                        # noqa: E402
-from test_demo import pixels, small_set                                         # noqa: E402
+import demo
+import pictures
+import score
+import tinyddpm as td
+from common import close
+from test_demo import pixels, small_set
 
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 
