@@ -821,12 +821,16 @@ def draw_batch(diffusion, images, labels, null, rng, batch, label_drop):
     x0 = images[xp.asarray(pick)]
     return x0, t, y, normal(rng, x0.shape, x0.dtype)
 
-def add_gradient(net, diffusion, x0, t, y, eps, total, loss="l2", weighting="simple", rng=None):
+def add_gradient(net, diffusion, x0, t, y, eps, total, loss="l2", weighting="simple", rng=None,
+                 clip=(-1, 1)):
     """The rest of Algorithm 1, on a batch or a part of one: adds to net.grads the gradient of
-    its loss, the sum over all values / total, and returns the loss. rng is for dropout."""
+    its loss, the sum over all values / total, and returns the loss. rng is for dropout. As
+    samplers clip x0, an answer that clipping puts right is no error: black may be guessed below
+    -1, and comes out black. Clipped, the best answer is the expected x0 all the same."""
     xt = diffusion.q_sample(x0, t, eps)
     out, back = net.forward(xt, t, y, rng)
-    error, slope = LOSSES[loss](out - diffusion.target(x0, eps, t))
+    right = diffusion.to_x0(xt, t, out, clip) == x0
+    error, slope = LOSSES[loss](xp.where(right, 0, out - diffusion.target(x0, eps, t)))
     weight = per_image(diffusion.loss_weight(t, weighting) / total, x0)
     back(weight * slope)
     return float((weight * error).sum())
@@ -894,28 +898,30 @@ class State:
 def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="l2",
           weighting="simple", optimizer="adamw", lr=2e-3, warmup=100, momentum=(0.9, 0.99),
           weight_decay=0.0, max_norm=1.0, ema=0.999, label_drop=0.1, accumulate=1, threads=1,
-          chunk=16, bounds=(-1, 1), gradient=add_gradient, state=None):
+          chunk=16, clip=(-1, 1), gradient=add_gradient, state=None):
     """Train net to predict what the diffusion says. A generator of its State after every step,
     always the same one, of which ema.flat goes on changing too: copy what you keep. To draw,
     net.with_params(state.ema.flat). To go on, pass the State: rng, optimizer, momentum and ema
     are then its own, and steps counts those it has done.
-    images: (N, H, W, C) floats within bounds. labels: (N,) integers of 0..classes-1, at a rate
-    of label_drop made the null label. loss: "l2", "l1" or "huber", times diffusion.loss_weight(
-    t, weighting). optimizer: "adamw" or "muon". lr: the highest, after a linear warmup, before
-    half a cosine to 0. max_norm: of the gradient. accumulate: batches to a step. On a CPU each
-    batch is cut over threads and worked through chunk images at a time, so that they stay in
-    the cache; let BLAS use one thread then (OPENBLAS_NUM_THREADS=1). gradient: for a loss of
-    your own, called as add_gradient is; images then have net.condition more channels. A loss
-    that is not finite is a FloatingPointError, and the parameters stay as they were."""
+    images: (N, H, W, C) floats within clip, to which samplers will clip x0; None: any floats.
+    labels: (N,) integers of 0..classes-1, at a rate of label_drop made the null label. loss:
+    "l2", "l1" or "huber", times diffusion.loss_weight(t, weighting). optimizer: "adamw" or
+    "muon". lr: the highest, after a linear warmup, before half a cosine to 0. max_norm: of the
+    gradient. accumulate: batches to a step. On a CPU each batch is cut over threads and worked
+    through chunk images at a time, so that they stay in the cache; let BLAS use one thread then
+    (OPENBLAS_NUM_THREADS=1). gradient: for a loss of your own, called as add_gradient is;
+    images then have net.condition more channels. A loss that is not finite is a
+    FloatingPointError, and the parameters stay as they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
     diffusion.loss_weight(1, weighting)         # refuses a name that it does not know
     images = xp.asarray(images, net.params.flat.dtype)
     low, high = float(images.min()), float(images.max())
-    check(images.shape[1:] == net.input
-          and bounds[0] - 0.001 < low <= high < bounds[1] + 0.001, f"images are {images.shape} "
-          f"from {low:.4g} to {high:.4g}, not (N, *{net.input}) within {bounds}")
-    if low >= 0 > bounds[0]:
+    least, most = clip or (-math.inf, math.inf)
+    check(images.shape[1:] == net.input and least - 0.001 < low <= high < most + 0.001,
+          f"images are {images.shape} from {low:.4g} to {high:.4g}; they have to be "
+          f"(N, *{net.input}), and within {clip or 'what is finite'}")
+    if clip == (-1, 1) and low >= 0:
         warnings.warn("no image is below 0: is it [0, 1]? It should be [-1, 1]", stacklevel=2)
     labels = np.zeros(len(images), int) if labels is None and not net.classes else labels
     labels = checked_labels(labels, max(net.classes - 1, 0))    # the null label is not for data
@@ -929,7 +935,7 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
 
     def work(worker, rng, *arrays):
         parts = ([a[i:i + chunk] for a in arrays] for i in range(0, len(arrays[0]), chunk))
-        return sum(gradient(worker, diffusion, *part, total, loss, weighting, rng)
+        return sum(gradient(worker, diffusion, *part, total, loss, weighting, rng, clip)
                    for part in parts)
 
     def run():      # apart, so that the checks above run at the call, not at the first next()

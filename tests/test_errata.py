@@ -270,7 +270,8 @@ ROWS |= {
 
 class Stub:
     """Stands in for a network, in train: it answers 0 and notes what it was asked."""
-    image, classes, null = (1, 1, 1), 256, 256
+    image = input = (1, 1, 1)
+    classes = null = 256
 
     def __init__(self):
         self.params, self.asked = td.initial({"w": ((1,), 0)}, 0, np.float64), []

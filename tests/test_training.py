@@ -125,17 +125,26 @@ def test_a_rate_of_0_drops_no_label_and_one_of_1_all():
 @pytest.mark.parametrize("loss", td.LOSSES)
 def test_the_loss_by_a_plain_loop_and_its_slope(loss, weighting, predicts):
     """Image by image and value by value: the weighted loss of what is wrong in the answer to
-    x_t. Its slope, along a random direction of all parameters, is the gradient's."""
+    x_t, but where x0 is -1 or 1 and the guess beyond. Its slope, along a random direction of
+    all parameters, is the gradient's."""
     of = {"l2": lambda d: d * d, "l1": abs,
           "huber": lambda d: d * d / 2 if abs(d) < 1 else abs(d) - 0.5}[loss]
-    net, diffusion, expected = small(), td.Diffusion(BETAS, predicts), 0
+    net, diffusion, expected, beyond = small(), td.Diffusion(BETAS, predicts), 0, 0
     told = [] if (loss, weighting) == ("l2", "simple") else [loss, weighting]
-    x0, t, y, eps = td.draw_batch(diffusion, X, Y, 3, np.random.default_rng(0), 6, 0.5)
-    for i in range(6):
+    images = np.where(abs(X) > 0.4, np.sign(X), X)
+    x0, t, y, eps = td.draw_batch(diffusion, images, Y, 3, np.random.default_rng(0), 20, 0.5)
+    for i in range(20):
         image, noise, step = x0[i:i + 1], eps[i:i + 1], t[i:i + 1]
-        out = net(diffusion.q_sample(image, step, noise), step, y[i:i + 1])
-        for d in (out - diffusion.target(image, noise, step)).ravel():
-            expected += diffusion.loss_weight(step, weighting)[0] * of(d)
+        xt = diffusion.q_sample(image, step, noise)
+        out = net(xt, step, y[i:i + 1])
+        wrong = out - diffusion.target(image, noise, step)
+        guess = diffusion.to_x0(xt, step, out)
+        for d, x, guess in zip(wrong.ravel(), image.ravel(), guess.ravel()):
+            if x == -1 and guess < -1 or x == 1 and guess > 1:
+                beyond += 1
+            else:
+                expected += diffusion.loss_weight(step, weighting)[0] * of(d)
+    assert beyond > 2
 
     def value(shift=0):
         net.params.flat += shift
@@ -253,8 +262,9 @@ def test_a_step_is_algorithm_1_however_cut(threads, chunk, accumulate, monkeypat
 
 def test_a_loss_of_ones_own_and_a_picture_to_go_by():
     """Here, of x0 squared, and without noise: the answer goes by the channel behind x0."""
-    def squares(net, diffusion, x0, t, y, eps, total, loss, weighting, rng):
-        assert (loss, weighting) == ("l1", "snr") and x0.shape[1:] == eps.shape[1:] == (2, 3, 2)
+    def squares(net, diffusion, x0, t, y, eps, total, loss, weighting, rng, clip):
+        assert (loss, weighting, clip) == ("l1", "snr", (-1, 1))
+        assert x0.shape[1:] == eps.shape[1:] == (2, 3, 2)
         out, back = net.forward(x0, t, y, rng)
         error = out - x0[..., :1] ** 2
         back(2 * error / total)
@@ -262,7 +272,8 @@ def test_a_loss_of_ones_own_and_a_picture_to_go_by():
     net, images = small(condition=1), np.concatenate([X, X[::-1]], 3)
     other, batch = copy.deepcopy(net), td.draw_batch(DIFFUSION, images, Y, 3,
                                                      np.random.default_rng(7), 6, 0.1)
-    loss = squares(other, DIFFUSION, *batch, 36, "l1", "snr", None)
+    loss = squares(other, DIFFUSION, *batch, 36, "l1", "snr", None,
+                   (-1, 1))
     state = trained(net, Y, steps=1, images=images, rng=7, batch=6, loss="l1", weighting="snr",
                     momentum=(0, 0.99), max_norm=math.inf, gradient=squares)
     close(state.loss, loss)
@@ -272,8 +283,10 @@ def test_a_loss_of_ones_own_and_a_picture_to_go_by():
 def test_data_may_have_bounds_of_its_own():
     """Unit variance, say, where images would be within -1 and 1. Beyond them nothing goes."""
     images = 4 * X
-    trained(small(), Y, steps=1, images=images, bounds=(-4, 4))
-    refused("(-3, 4)", td.train, small(), DIFFUSION, images, Y, steps=1, bounds=(-3, 4))
+    losses = {clip: trained(small(), Y, steps=1, images=images, clip=clip).loss
+              for clip in ((-4, 4), None, (images.min(), images.max()))}
+    assert losses[-4, 4] == losses[None]        # at neither bound is a value
+    refused("(-3, 4)", td.train, small(), DIFFUSION, images, Y, steps=1, clip=(-3, 4))
 
 
 def test_threads_draw_the_same():
