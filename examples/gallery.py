@@ -1,5 +1,6 @@
-"""What the examples share: the bundled digits, the network that comes with the demo, the score's
-classifier, and a command line with two options."""
+"""What the examples share: the bundled digits, the network that comes with the demo, training, the
+score's classifier, and a command line with two options. They import it before NumPy, as the demo
+sets how many threads NumPy takes."""
 import argparse
 import sys
 import time
@@ -9,9 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import demo                                                                     # noqa: E402
+import files                                                              # noqa: E402, F401
 import pictures                                                                 # noqa: E402
 import tinyddpm as td                                                           # noqa: E402
-from score import Score                                                         # noqa: E402
+from score import Score                                                   # noqa: E402, F401
+from tinyddpm import asnumpy, xp                                          # noqa: E402, F401
 
 
 def digits():
