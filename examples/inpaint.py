@@ -27,6 +27,7 @@ STEPS, TIMES = 20, (1, 5, 10)
 def fill(model, diffusion, x0, known, rng, steps, times, clip=(-1, 1)):
     """x0 where known is true, and what the model draws elsewhere; each of the steps is made
     `times` times. x0 (B, H, W, C), known of the same shape or one that broadcasts."""
+    rng = np.random.default_rng(rng)            # one for all: a seed would begin anew each time
     x = td.normal(rng, x0.shape, x0.dtype)
     for t, s in pairwise([*td.timesteps(diffusion.T, steps), 0]):
         for left in reversed(range(times)):
