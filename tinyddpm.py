@@ -734,6 +734,7 @@ class UNet:
     answers: int = 1                # images in the answer: 2 where it says variances, too
     rng: InitVar = 0                # for the parameters
     dtype: InitVar = np.float32     # of the parameters, and so of all computing; or float64
+    res_block = staticmethod(res_block)     # for a subclass with blocks of its own
 
     def __post_init__(self, rng, dtype):
         for name in ("image", "channels", "attention"):     # lists, as a checkpoint has them
@@ -777,7 +778,7 @@ class UNet:
         y, rng = xp.broadcast_to(y, len(x)), rng if rng is None else np.random.default_rng(rng)
         emb, embed_back = embed(p, t, y)
         demb = xp.zeros_like(emb)
-        block = partial(res_block, emb=emb, demb=demb, heads=self.heads,
+        block = partial(self.res_block, emb=emb, demb=demb, heads=self.heads,
                         drop=partial(dropout, rate=self.dropout, rng=rng))
         h, unet_back = sequential(
             self._enter(x.astype(p.flat.dtype, copy=False)),
