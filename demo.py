@@ -125,6 +125,8 @@ def train(args):
     if done < steps:
         print(f"{args.out / 'samples.png'} shows what it draws, anew every half minute; Ctrl-C "
               "saves and stops")
+    else:
+        print(f"{path} has had all its steps; --steps N goes on to more, --fresh starts over")
     with (patience() as interrupted,
           tqdm(total=steps * batch, initial=done * batch, unit=" pictures", unit_scale=True,
                smoothing=0.05, disable=None) as bar):       # None: only at a terminal
@@ -226,7 +228,7 @@ def results(out, net, diffusion, notes):
     files.plot(out / "loss.png", (np.arange(len(losses)) + 1, losses, "each step",
                                   dict(lw=0.5, alpha=0.4)),
                (np.arange(len(mean)) + (width + 1) / 2, mean, "running mean", dict(lw=1.5)),
-               title=f"{mean[-1]:.4f} at the end", xlabel="step", yscale="log",
+               title=f"loss {mean[-1]:.4f} at the end", xlabel="step", yscale="log",
                ylabel=f"mean squared error of {diffusion.predicts}")
 
 
@@ -237,9 +239,9 @@ def trained(args):
     its diffusion; its notes. Where nothing is trained, or for a trial of a few steps only, the
     weights that come with the demo. Says which."""
     path, free = args.model or args.out / "model.npz", args.model is None and args.out == OUT
-    if not (args.model or free or path.exists()):
-        raise FileNotFoundError(f"{path} is not there yet: `python demo.py --out {args.out}` "
-                                "trains it, and --model FILE chooses another")
+    if not (free or path.exists()):
+        raise FileNotFoundError(f"{path} is not there; `python demo.py --out DIR` trains "
+                                "DIR/model.npz, and --model FILE chooses a file")
     shipped = td.load(WEIGHTS)
     loaded = td.load(path) if path.exists() or not free else shipped
     net, diffusion, state, notes = loaded

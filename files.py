@@ -63,15 +63,16 @@ def columns(names, asked=None):
     return np.array([names.index(name) for name in heads] or [0] * 10), heads
 
 
-def show(ax, images, heads=(), names=()):
-    """Draw rows of images with a heading above each column and a name before each row."""
+def show(ax, images, heads=(), names=(), cell=90):
+    """Draw rows of images, each about `cell` pixels wide, with a heading above each column and
+    a name before each row."""
     n, m, H, W = images.shape[:4]
     ax.imshow(tile(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks((np.arange(m) + 0.5) * (W + 2) - 0.5 if len(heads) else [], heads)
     ax.set_yticks((np.arange(n) + 0.5) * (H + 2) - 0.5 if len(names) else [], names)
     ax.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False,
                    labelsize=9)
-    if max(map(len, " ".join(heads).split()), default=0) > 7:       # too wide for a column
+    if max(map(len, "\n".join(heads).split("\n"))) > cell / 12:     # wider than a column
         ax.tick_params(axis="x", rotation=90)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -82,7 +83,7 @@ def sheet(path, images, heads=(), names=(), cell=90, say=True):
     n, m, H, W = images.shape[:4]
     scale = max(1, round(cell / (W + 2))) / DPI     # whole, so that all pixels are alike
     figure = Figure((scale * m * (W + 2), scale * n * (H + 2)))
-    show(figure.add_axes((0, 0, 1, 1)), images, heads, names)
+    show(figure.add_axes((0, 0, 1, 1)), images, heads, names, cell)
     keep(figure, path, say)
 
 
