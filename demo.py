@@ -79,19 +79,6 @@ def frames(net, diffusion, labels, seed, sampler, guidance, **options):
     yield from SAMPLERS[sampler](model, diffusion, x, rng, **options)
 
 
-def parallel(model, threads=THREADS, chunk=CHUNK):
-    """The same model, its batch cut into equal parts of at most chunk images, as many for each
-    thread."""
-    pool = ThreadPoolExecutor(threads)
-
-    def model_in_parts(*arrays):
-        n = len(arrays[0])
-        parts = min(n, threads * -(-n // (threads * chunk)))
-        cuts = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
-        return xp.concatenate([*pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)])
-    return model_in_parts
-
-
 # ----------------------------------------------------------------------------------- training
 
 def train(args):
@@ -146,8 +133,9 @@ def train(args):
             if interrupted:
                 break
     if state.step < steps:
+        again = "the same command, without --fresh," if args.fresh else "the same command"
         raise SystemExit(f"stopped after step {state.step:,} of {steps:,}, which {path} holds; "
-                         "the same command goes on from there")
+                         f"{again} goes on from there")
     if done < steps:
         print(f"trained for {steps - done:,} steps in {time.perf_counter() - began:.0f} s")
     results(args.out, net.with_params(state.ema.flat), diffusion, notes)
@@ -176,7 +164,7 @@ def fits(path, net, notes, data, advice):
     if was != now:
         raise ValueError(f"{path} was trained on pictures of {files.words(*was)}; these are of "
                          f"{files.words(*now)}; {advice}")
-    if notes.get("data") != data.crc():
+    if notes.get("data", data.crc()) != data.crc():
         raise ValueError(f"{path} was trained on other pictures than these; {advice}")
 
 
@@ -233,6 +221,19 @@ def results(out, net, diffusion, notes):
 
 
 # ------------------------------------------------------------------------------------ drawing
+
+def parallel(model, threads=THREADS, chunk=CHUNK):
+    """The same model, its batch cut into equal parts of at most chunk images, as many for each
+    thread."""
+    pool = ThreadPoolExecutor(threads)
+
+    def model_in_parts(*arrays):
+        n = len(arrays[0])
+        parts = min(n, threads * -(-n // (threads * chunk)))
+        cuts = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+        return xp.concatenate([*pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)])
+    return model_in_parts
+
 
 def trained(args):
     """The network of --model, or else of OUT/model.npz, with the average of its parameters;

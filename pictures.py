@@ -64,6 +64,8 @@ def load(path=DIGITS, size=None):
         raise ValueError(f"{path} has pictures of shape {images.shape[1:]}; size may only be "
                          "given for a folder of pictures")
     if labels is not None:
+        if labels.dtype.kind == "U" and np.char.isdecimal(labels).all():
+            labels = labels.astype(np.int64)            # folders 1, 2, ..., 10 in this order
         known = np.unique(labels[:N])
         names, trained = list(map(str, known)), np.isin(labels, known)
         if not trained.all():
@@ -95,6 +97,8 @@ def visible(folder, *patterns):
 def read_folder(path, size, said):
     files = visible(path, "**/*")
     rows = [file.relative_to(path).parts for file in files if file.suffix.lower() in SUFFIXES]
+    if 0 < len(rows) < len(files):
+        said.append(f"left out {len(files) - len(rows)} files that are not {', '.join(SUFFIXES)}")
     # train/ and test/ are the two parts of a set; train/ and bus/ are two classes.
     top = int(all(row[0].lower() in SPLITS for row in rows))
     splits = {"train": [], "test": [], "val": []}

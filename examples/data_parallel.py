@@ -128,8 +128,8 @@ def main(out, short):
 
 def scaling(out, parameters, compute, bandwidth=1.25e9, latency=2e-5):
     """Counted, but for the step's `compute` seconds: 64 digits on each of n machines, 10 Gbit/s
-    between them and 20 microseconds a message. A ring all-reduce makes 2 (n - 1) messages, of 1/n of the
-    gradient each."""
+    between them and 20 microseconds a message. In a ring, an all-reduce is 2 (n - 1) messages
+    of 1/n of the gradient."""
     print("Counted: machines of 64 digits each    bytes sent by each   all-reduce   of the step")
     machines = 2 ** np.arange(11)
     sent = 2 * (machines - 1) / machines * 4 * parameters

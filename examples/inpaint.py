@@ -51,7 +51,7 @@ def masks(n, rng):
 
 
 def main(out, short):
-    n, rng, data = 20 if short else 200, np.random.default_rng(0), digits()
+    n, rng, data = 20 if short else 100, np.random.default_rng(0), digits()
     net, diffusion = shipped()
     model, score = demo.parallel(net), Score(data, out)
     x0, labels, mean = data.test_images[:n], data.test_labels[:n], data.images.mean(0)

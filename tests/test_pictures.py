@@ -265,7 +265,15 @@ def test_hidden_files_and_those_that_are_no_pictures_do_not_count(tmp_path):
     paint(tmp_path)
     for name in (".DS_Store", "3/._7.png", ".cache/1.png", "3/Thumbs.db", "readme.txt"):
         put(tmp_path / name, b"nothing")
-    same(load(tmp_path), *by_class())
+    data = load(tmp_path)
+    same(data, *by_class())
+    assert any("left out 2 files" in line for line in data.said)
+
+
+def test_folders_named_by_numbers_are_in_their_order(tmp_path):
+    y = np.array([2, 10, 1, 10, 2, 1])
+    data = load(paint(tmp_path, y=y))
+    assert data.names == ["1", "2", "10"] and [*data.labels] == [0, 0, 2, 2, 1, 1]
 
 
 def test_a_folder_is_refused_in_words(tmp_path):
