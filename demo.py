@@ -46,7 +46,7 @@ DRAWING = dict(sampler="ddim", steps=20, eta=0.6, guidance=1.6)
 SAMPLERS = {"ddpm": td.ddpm, "ddim": td.ddim, "dpm_solver": td.dpm_solver, "heun": td.heun}
 
 
-# ---------------------------------------------------------------------- the demo, in ten lines
+# --------------------------------------------------- the demo: network, process, learn, frames
 
 def network(image=(28, 28, 1), channels=CHANNELS, classes=10, seed=0):
     """A U-Net; more blocks, and attention, at the lowest level, where pictures are small."""
@@ -115,14 +115,14 @@ def train(args):
     else:
         print(f"{path} has had all its steps; --steps N goes on to more, --fresh starts over")
     with (patience() as interrupted,
-          tqdm(total=steps * batch, initial=done * batch, unit=" pictures", unit_scale=True,
-               smoothing=0.05, disable=None) as bar):       # None: only at a terminal
+          tqdm(total=steps, initial=done, unit=" steps", smoothing=0.05,
+               disable=None) as bar):           # None: only at a terminal
         saved = time.perf_counter()
         for state in learn(net, diffusion, data.images, data.labels, **options, state=state):
             losses.append(state.loss)
             recent = f"loss {np.mean(losses[-50:]):.4f}"
             bar.set_postfix_str(recent, refresh=False)
-            bar.update(batch)
+            bar.update()
             if bar.disable and 10 * state.step // steps > 10 * (state.step - 1) // steps:
                 print(f"step {state.step:,} of {steps:,}, {recent}")
             if interrupted or time.perf_counter() - saved > 30 or state.step == steps:
@@ -151,10 +151,10 @@ def going_on(path, data, asked):
     if state is None or not {"data", "names", "losses", *TRAINING} <= notes.keys():
         raise ValueError(f"{path} holds no training of this demo's to go on with; {BOTH}")
     fits(path, net, notes, data, BOTH)
+    was = notes | {"steps": state.step}
     for name, value in asked.items():
-        was = state.step if name == "steps" else notes[name]
-        if value < was if name == "steps" else value != was:
-            raise ValueError(f"{path} was trained with {name} {was}, not {value}; {BOTH}")
+        if value != was[name] and not (name == "steps" and value > state.step):
+            raise ValueError(f"{path} was trained with {name} {was[name]}, not {value}; {BOTH}")
     return net, diffusion, state, notes | asked
 
 
@@ -172,15 +172,14 @@ def fits(path, net, notes, data, advice):
 def patience():
     """Ctrl-C or SIGTERM only fills this list, so that the step under way can end; a second one
     stops at once."""
-    asked, before = [], {number: signal.getsignal(number)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = []
 
     def restore(*signals):
         asked.extend(signals)
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in before:
-        signal.signal(number, restore)
+    before = {number: signal.signal(number, restore)        # which returns what was there
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
@@ -203,7 +202,7 @@ def results(out, net, diffusion, notes):
     course = watched(net, diffusion, np.tile(labels, rows), notes["seed"], **how)
     for i, (t, x) in enumerate(course):
         x = asnumpy(x).reshape(rows, -1, *net.image)
-        strip[t] = x[0, ::max(1, len(labels) // 5)]
+        strip[t] = x[1, ::max(1, len(labels) // 5)]
         if i % 4 == 0 or i > 0.4 * how["steps"]:        # the first are noise: a few will do
             pages.append(files.tile(x))
     files.sheet(out / "samples.png", x, heads)
@@ -248,7 +247,7 @@ def trained(args):
     net, diffusion, state, notes = loaded
     if free and state and state.step < 100 and notes.get("data") == shipped[3]["data"]:
         print(f"{path} has had {state.step} steps of training, too few to draw with; --model "
-              f"{path} insists")
+              f"{path} draws with it all the same")
         net, diffusion, state, notes = loaded = shipped
     if state:
         net, notes["steps"] = net.with_params(state.ema.flat), state.step
@@ -263,9 +262,10 @@ def choices(diffusion, sampler=None, steps=None, eta=None, guidance=None):
     """Options of `frames`: what is asked for, and for the rest the measured best."""
     sampler = sampler or DRAWING["sampler"]
     if eta is not None and sampler != "ddim":
-        raise ValueError(f"eta is {eta}, and {sampler} has none: it is ddim's")
+        raise ValueError(f"--eta is an option of ddim's; {sampler} has none")
     if steps and steps > diffusion.T:
-        raise ValueError(f"steps is {steps}, and from noise to picture there are {diffusion.T}")
+        raise ValueError(f"--steps is {steps}, and this network was trained with only "
+                         f"{diffusion.T} from noise to picture")
     few = diffusion.T if sampler == "ddpm" else min(DRAWING["steps"], diffusion.T)
     return {"sampler": sampler, "steps": steps or few,
             "guidance": DRAWING["guidance"] if guidance is None else guidance,
@@ -274,8 +274,7 @@ def choices(diffusion, sampler=None, steps=None, eta=None, guidance=None):
 
 def watched(net, diffusion, labels, seed, **how):
     """The frames, with a progress bar at a terminal."""
-    title = ", ".join(f"{name} {value}" for name, value in how.items())
-    return tqdm(frames(net, diffusion, labels, seed, **how), title, how["steps"] + 1,
+    return tqdm(frames(net, diffusion, labels, seed, **how), how["sampler"], how["steps"] + 1,
                 unit=" steps", disable=None)
 
 
@@ -286,7 +285,7 @@ def draw(net, diffusion, labels, seed, **asked):
 
 
 def sample(args):
-    """Draw pictures: OUT/sample.png, and with --save all, and their labels, as .npz."""
+    """Draw pictures: OUT/sample.png; --save FILE writes all, and their labels, as .npz."""
     net, diffusion, notes = trained(args)
     chosen, heads = files.columns(notes["names"], args.digits)
     labels = np.resize(chosen, args.count or 10 * len(chosen))
@@ -379,10 +378,12 @@ def export(args):
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from low to high."""
+    limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -414,7 +415,7 @@ def parser():
     out = option("--out", Path, "folder of the checkpoint and the pictures", OUT)
     data = [option("--data", Path, "pictures: a folder, with subfolders if there are classes; "
                    "an .npz; IDX files, as MNIST's", pictures.DIGITS, "the bundled digits"),
-            option("--size", whole, "crop the pictures of a folder to N x N pixels")]
+            option("--size", whole, "crop and resize the pictures of a folder to N x N")]
     seed = option("--seed", natural, "of the noise", 0)
     model = option("--model", Path, "weights to draw with", shown="OUT/model.npz")
     drawn = out, model, seed
@@ -426,9 +427,9 @@ def parser():
             one_of("--schedule", "of the noise", td.SCHEDULES, "cosine"),
             option("--T", whole, "steps from a picture to noise", shown=1000),
             one_of("--optimizer", "what takes the steps", LR, "muon"),
-            option("--lr", share, "highest learning rate",
+            option("--lr", number(float, 1e-9, 1), "highest learning rate",
                    shown=", ".join(f"{lr} with {name}" for name, lr in LR.items())),
-            option("--channels", whole, "of each level", shown=CHANNELS, nargs="+"),
+            option("--channels", whole, "of each level", shown=" ".join(map(str, CHANNELS)), nargs="+"),
             option("--seed", natural, "of parameters, training and pictures", shown=0),
             (["--fresh"], dict(action="store_true", help="start over")))
     command(sample, *drawn,
@@ -438,9 +439,9 @@ def parser():
             option("--eta", share, "ddim's noise, from 0 to ddpm's at 1", shown=DRAWING["eta"]),
             option("--guidance", number(float, -1e3, 1e3), "w: 0 ignores classes, 1 follows "
                    "them, more insists", shown=DRAWING["guidance"]),
-            option("--digits --classes", str, "which to draw, a column each", shown="all",
+            option("--digits --classes", str, "which to draw, a column each", shown="the first 30",
                    nargs="+"),
-            option("--count", whole, "how many pictures", shown="10 a class"),
+            option("--count", whole, "how many pictures", shown="10 a column"),
             option("--save", Path, "write all pictures and labels here, .npz"))
     command(speed, *drawn, option("--full", whole, "steps of DDPM", shown="all"))
     command(guidance, *drawn)
@@ -453,7 +454,7 @@ def parser():
     command(export, out, model, option("--weights", Path, "the file", shown="OUT/weights.npz"))
     command(files.download, option("--data", Path, "folder to fill", Path("mnist")),
             option("--url", str, "where the four .gz files are", files.MNIST_URL))
-    return top, commands.choices
+    return top
 
 
 def keep_memory():
@@ -472,17 +473,16 @@ def one_sentence(program):
     try:
         yield
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
-        raise SystemExit(f"{program}: {' '.join(str(error).split()) or type(error).__name__}")
+        raise SystemExit(f"{program}: {str(error).strip() or type(error).__name__}")
     except KeyboardInterrupt:
         raise SystemExit(f"{program}: stopped")
 
 
 def main(words):
     keep_memory()
-    top, commands = parser()
-    if not words or words[0] not in (*commands, "-h", "--help"):
+    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
         words = ["train", *words]           # plain `python demo.py` trains
-    args = top.parse_args(words)
+    args = parser().parse_args(words)
     with one_sentence("demo.py"):
         args.run(args)
 

@@ -33,7 +33,8 @@ def read(path, size=None):
 def words(image, names):
     size = f"{image[0]} x {image[1]} pixels, {'grey' if image[2] == 1 else 'in colour'}, "
     listed = textwrap.shorten(" ".join(names), 50, placeholder=" ...")
-    return size + (f"{len(names)} classes: {listed}" if names else "without classes")
+    many = f"{len(names)} class{'es' * (len(names) > 1)}: "
+    return size + (many + listed if names else "without classes")
 
 
 @contextlib.contextmanager
@@ -55,11 +56,14 @@ def tile(images):
 
 def columns(names, asked=None):
     """For the columns of a sheet, labels and the names to write above: the classes asked for,
-    or the first 30; without classes, ten columns of label 0."""
+    or the first 30; of one class, or without classes, ten columns."""
     for name in asked or ():
         if name not in names:
-            raise ValueError(f"there is no class {name}, there are {' '.join(names) or 'none'}")
+            known = f"there are {' '.join(names)}" if names else "these pictures have no classes"
+            raise ValueError(f"there is no class {name}; {known}")
     heads = asked or names[:30]
+    if len(heads) == 1:
+        heads = 10 * heads
     return np.array([names.index(name) for name in heads] or [0] * 10), heads
 
 

@@ -10,15 +10,15 @@ T = 1000
 
 
 def first(args, name=None):
-    """The first test picture, or the first of this class: (1, H, W, C). Where there is no test
-    part, a training picture."""
+    """The first picture, or the first of this class: (1, H, W, C). A test picture if there is
+    one, else one of training."""
     data = files.read(args.data, args.size)
-    images, labels = data.test_images, data.test_labels
-    if images is None:
-        images, labels = data.images, data.labels
-    if name is not None:
-        images = images[labels == files.columns(data.names, [name])[0]]
-    return td.xp.asarray(images[:1])
+    label = name and files.columns(data.names, [name])[0][0]
+    for images, labels in (data.test_images, data.test_labels), (data.images, data.labels):
+        if images is not None and name is not None:
+            images = images[labels == label]
+        if images is not None and len(images):
+            return td.xp.asarray(images[:1])
 
 
 def forward(args):

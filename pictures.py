@@ -183,7 +183,8 @@ def read_npz(path):
             found = [[file[name] if name in file else None for name in names]
                      for names in NPZ if names[0] in file]
     except Exception as error:          # a damaged archive fails in many ways
-        raise ValueError(f"{path} is damaged, or not an .npz of plain arrays") from error
+        raise ValueError(f"{path} is damaged, or holds more than plain arrays; {ACCEPTED}"
+                         ) from error
     if len(found) != 1:
         raise ValueError(f"{path} has arrays named {given or 'nothing'}; {ACCEPTED}")
     images, labels, test_images, test_labels = found[0]

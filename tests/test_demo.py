@@ -164,7 +164,7 @@ def test_the_pictures_of_train(copy, data, sheets):
     assert heads == NAMES and np.array_equal(images, frames[0])
     (strip, times), = sheets["denoising.png"]
     assert times[0] == "t = 10" and times[-1] == "t = 0"
-    assert np.array_equal(strip[:, [0, -1]], np.stack([frames[T][0], frames[0][0]], 1))
+    assert np.array_equal(strip[:, [0, -1]], np.stack([frames[T][1], frames[0][1]], 1))
     (pages,), = sheets["denoising.gif"]
     for page, t in ((pages[0], T), (pages[-1], 0)):
         assert np.array_equal(page, files.tile(frames[t]))
@@ -190,7 +190,7 @@ def test_progress(terminal, data, tmp_path, sheets, capsys, monkeypatch):
     said = capsys.readouterr()
     steps = re.findall(r"step (\d+) of 30, loss 0\.\d+\n", said.out)
     assert steps == ([] if terminal else [str(3 * i) for i in range(1, 11)])
-    assert ("pictures/s" in said.err) == terminal and ("\r" in said.err) == terminal
+    assert ("steps/s" in said.err) == terminal and ("\r" in said.err) == terminal
 
 
 def test_more_steps_go_on(copy, data, sheets):
@@ -596,8 +596,12 @@ def test_as_the_shell_sees_it(tmp_path):
     assert re.fullmatch(r"demo\.py: .*model.npz .*\n", done.stderr)
 
 
-def test_help():
-    """Of every command; a stray % in one would be an error."""
-    for command in demo.parser()[1]:
+def test_help(capsys):
+    """Of every command; a stray % in one would be an error. A word that is none is refused."""
+    for command in ("train", "sample", "speed", "guidance", "bpd", "forward", "schedules",
+                    "export", "download"):
         with pytest.raises(SystemExit, match="0"):
             run(command, "--help")
+    with pytest.raises(SystemExit, match="2"):
+        run("sampel")
+    assert "sampel" in capsys.readouterr().err

@@ -367,12 +367,12 @@ def test_a_file_that_is_no_npz_is_named(tmp_path):
     path = npz(tmp_path, images=X, labels=Y)
     refused(path, path, "folder of pictures", size=32)
     for raw in (path.read_bytes()[:-30], b"", b"nothing", X.tobytes()):
-        refused(put(path, raw), path, "is damaged, or not an .npz")
+        refused(put(path, raw), path, "is damaged, or holds more than plain arrays")
     refused(npz(tmp_path, pixels=X), path, "pixels", "x_train")
     refused(npz(tmp_path, x=X, images=X), path, "images")
     refused(npz(tmp_path, x=np.array([None])), path, "not an .npz of plain arrays")
     np.save(tmp_path / "a.npy", X)
-    refused((tmp_path / "a.npy").rename(path), path, "is damaged, or not an .npz")
+    refused((tmp_path / "a.npy").rename(path), path, "is damaged, or holds more than plain arrays")
 
 
 # ------------------------------------------------------------------------------------- classes
