@@ -1,12 +1,13 @@
 """SDEdit (2108.01073): a scribble, or another digit, made into a digit.
 
-Noise hides small things first. So noise the picture to a step t, at which what is wrong with it
-is hidden and its gist is not, and denoise from there as if it were a digit's x_t (Algorithm 1):
+Noise hides small things first. So noise the picture to a step t, at which what is wrong with
+it is hidden and its gist is not, and denoise from there as if it were a digit's x_t (Algorithm
+1):
 
     x_t = sqrt(abar_t) picture + sqrt(1 - abar_t) eps,    then t, ..., 0 by any sampler
 
-The strength t / T trades likeness for realism. Sampling starts at t itself: code that goes on one
-step below leaves the noise of a step in the picture (docs/ERRATA.md, row 22).
+The strength t / T trades likeness for realism. Sampling starts at t itself: code that goes on
+one step below leaves the noise of a step in the picture (docs/ERRATA.md, row 22).
 """
 from gallery import Score, asnumpy, demo, digits, files, run, shipped, td, xp
 

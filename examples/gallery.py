@@ -1,6 +1,6 @@
-"""What the examples share: the bundled digits, the network that comes with the demo, training, the
-score's classifier, and a command line with two options. They import it before NumPy, as the demo
-sets how many threads NumPy takes."""
+"""What the examples share: the bundled digits, the network that comes with the demo, training,
+the score's classifier, and a command line with two options. They import it before NumPy, as
+the demo sets how many threads NumPy takes."""
 import argparse
 import sys
 import time

@@ -1,8 +1,8 @@
 """Inpainting (RePaint, 2201.09865): the missing part of a picture drawn by a network that was
 never told about missing parts.
 
-Go from noise to picture as always, and after every step from t to s put in what is known, noised
-as q(x_s | x0) wants it at s, the step gone to:
+Go from noise to picture as always, and after every step from t to s put in what is known,
+noised as q(x_s | x0) wants it at s, the step gone to:
 
     x_s  =  known:    sqrt(abar_s) x0 + sqrt(1 - abar_s) eps
             unknown:  a step of DDPM from x_t
@@ -51,7 +51,7 @@ def masks(n, rng):
 
 
 def main(out, short):
-    n, rng, data = 20 if short else 100, np.random.default_rng(0), digits()
+    n, rng, data = 20 if short else 200, np.random.default_rng(0), digits()
     net, diffusion = shipped()
     model, score = demo.parallel(net), Score(data, out)
     x0, labels, mean = data.test_images[:n], data.test_labels[:n], data.images.mean(0)

@@ -1,17 +1,19 @@
-"""DDIM inversion (2010.02502 section 5): from a picture to the noise that it comes from, and back.
+"""DDIM inversion (2010.02502 section 5): from a picture to the noise that it comes from, and
+back.
 
-With eta = 0 sampling draws nothing: it follows an ordinary differential equation from x_T to x_0
-by Euler's method, and an equation can be followed the other way, too:
+With eta = 0 sampling draws nothing: it follows an ordinary differential equation from x_T to
+x_0 by Euler's method, and an equation can be followed the other way, too:
 
     x_t = sqrt(abar_t) x0(x_s, s) + sqrt(1 - abar_t) eps(x_s, s),      s < t
 
 Sampling from the x_T that this ends at gives the picture again, but for the error of Euler's
-method, which falls as steps become shorter. Nothing may be clipped on the way, as that cannot
-be undone, and with guidance the equation is steeper and its error larger.
+method, which falls as steps become shorter; with guidance the equation is steeper, and the
+error larger. The way up begins at the first step, with its noise in the picture: black that is
+exactly black tells nothing of eps, and would go up as black, not as noise.
 
-Two such x_T can be mixed into a third. Their sum, halved, is shorter than noise ever is: in many
-dimensions |x_T| is always about its mean, sqrt(dimensions). So go from one to the other along the
-sphere (Shoemake's slerp), with theta the angle between a and b:
+Two such x_T can be mixed into a third. Their sum, halved, is shorter than noise ever is: in
+many dimensions |x_T| is always about its mean, sqrt(dimensions). So go from one to the other
+along the sphere (Shoemake's slerp), with theta the angle between a and b:
 
     slerp(a, b, u) = (sin((1 - u) theta) a + sin(u theta) b) / sin(theta)
 """
@@ -24,15 +26,14 @@ import numpy as np
 WEIGHTS = (1, 1.6, 3)
 
 
-def invert(model, diffusion, x0, steps):
-    """The x_T from which td.ddim, with eta 0, as many steps and no clipping, comes to x0."""
-    x = x0
-    for s, t in pairwise([0, *td.timesteps(diffusion.T, steps)[::-1]]):
-        asked = max(s, 1)               # the network was never shown t = 0
-        guess = diffusion.to_x0(x, asked, model(x, xp.full(len(x), asked)))
-        abar, abar_s = float(diffusion.abar[t]), float(diffusion.abar[asked])
-        eps = (x - abar_s ** 0.5 * guess) / (1 - abar_s) ** 0.5
-        x = abar ** 0.5 * guess + (1 - abar) ** 0.5 * eps
+def invert(model, diffusion, x0, steps, rng, clip=(-1, 1)):
+    """The x_T from which td.ddim, with eta 0 and as many steps, comes back to x0."""
+    up = td.timesteps(diffusion.T, steps)[::-1]
+    x = diffusion.q_sample(x0, up[0], td.normal(rng, x0.shape, x0.dtype))
+    for s, t in pairwise(up):
+        guess = diffusion.to_x0(x, s, model(x, xp.full(len(x), s)), clip)
+        abar = float(diffusion.abar[t])
+        x = abar ** 0.5 * guess + (1 - abar) ** 0.5 * diffusion.to_eps(x, s, guess)
     return x
 
 
@@ -54,8 +55,8 @@ def reconstruction(net, diffusion, x0, labels, counts):
     for w in WEIGHTS:
         model = td.guided(demo.parallel(net), labels, net.null, w)
         for steps in counts:
-            x = invert(model, diffusion, x0, steps)
-            back = td.sample(td.ddim(model, diffusion, x, steps=steps, clip=None))
+            x = invert(model, diffusion, x0, steps, 0)
+            back = td.sample(td.ddim(model, diffusion, x, steps=steps))
             errors[w, steps] = float(((back - x0) ** 2).mean() ** 0.5)
     return errors
 
@@ -73,9 +74,10 @@ def main(out, short):
     n, steps = (100, 2) if short else (200, 50)
     model, score = demo.parallel(net), Score(data, out)     # without labels: any digits
     a, b = (xp.asarray(data.test_images[i:i + n]) for i in (0, n))
-    za, zb = (invert(model, diffusion, x, steps) for x in (a, b))
+    za, zb = (invert(model, diffusion, x, steps, rng) for rng, x in enumerate((a, b)))
     print(f"\nHalf way between {n} pairs of digits     |x_T| / sqrt(784)   Frechet distance")
-    mixes = {"linear": lerp(za, zb, 0.5), "spherical": slerp(za, zb, 0.5), "the ends": za}
+    mixes = {"linear": lerp(za, zb, 0.5), "spherical": slerp(za, zb, 0.5),
+             "one end of each": za, "noise, for comparison": td.normal(2, za.shape)}
     for name, z in mixes.items():
         x = asnumpy(td.sample(td.ddim(model, diffusion, z, steps=steps)))
         size = float((z * z).mean() ** 0.5)

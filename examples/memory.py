@@ -1,7 +1,7 @@
 """Less memory (1604.06174): activations thrown away, and computed again for the backward pass.
 
-What training needs memory for is not the parameters but what each layer keeps for its backward:
-its inputs and more, for every pixel of every image of the batch, so with n blocks
+What training needs memory for is not the parameters but what each layer keeps for its
+backward: its inputs and more, for every pixel of every image of the batch, so with n blocks
 
     kept by all layers                  n (a + m),    a: the input of a block, m: all inside it
     kept by recomputed blocks           n a + m       only one block's inside exists at a time
@@ -10,9 +10,9 @@ for one more forward pass: about a third more time, as backward is about twice f
 gradients are the same, bit for bit, as the same is computed again from the same input; where
 something is drawn (dropout), it has to be drawn the same again.
 
-The input may be kept in half precision, too. What goes forward stays exact; the gradient then is
-that of a slightly different input. Inputs of a block are of about unit size, where float16 is good
-to a relative 2^-11.
+The input may be kept in half precision, too. What goes forward stays exact; the gradient then
+is that of a slightly different input. Inputs of a block are of about unit size, where float16
+is good to a relative 2^-11.
 """
 from gallery import asnumpy, files, run, td
 
