@@ -3,12 +3,12 @@
 Every pixel of the small picture is the mean of 16, and many digits have the same small picture.
 SR3 does not look for the one answer but draws from all of them, p(x0 | c), c being the small
 picture enlarged. The network is a diffusion model like any other, but for one more channel of
-what it sees, which holds c and gets no noise (SR3 section 2.3, there with eps for v):
+what it sees, which holds c and gets no noise (SR3 eq. 6, there with eps for v):
 
     x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps,    loss = E |v(x_t, c, t) - v|^2
 
 and the samplers are as they were. How good is an answer x? Squared error, and with it PSNR,
-prefers the mean m = E[x0 | c], which is a blur of all answers: a draw from p(x0 | c) is off by
+prefers the mean m = E[x0 | c], a blur of all the answers: a draw from p(x0 | c) is off by
 
     E |x - x0|^2 = E |x - m|^2 + E |m - x0|^2 = 2 E |m - x0|^2,    by 3.01 dB of PSNR more,
 
@@ -93,7 +93,7 @@ def main(out, short):
         print(f"{name:16}{dB:>15}{right:9.1%} +- {(right * (1 - right) / N) ** 0.5:.1%}"
               f"{distance:11.2f}{off:12.2f} of 255")
     # If both are from p(x0 | c), the other draw is as far from a draw as the true x0 is.
-    print(f"one draw of another{psnr(*draws).mean():6.2f}")
+    print(f"between draws{psnr(*draws).mean():10.2f}")
 
     first = np.array([np.argmax(labels == k) for k in range(10)])
     some = draw(net, diffusion, np.tile(small[first], (12, 1, 1, 1)), rng, 20)

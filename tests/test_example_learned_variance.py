@@ -6,81 +6,99 @@ from common import close
 
 import tinyddpm as td
 
-RNG = np.random.default_rng(0)
-DIFFUSION = td.Diffusion(td.scaled_linear_betas(40), "v")
-X0 = np.round(255 * RNG.random((6, 2, 3, 1))) / 127.5 - 1           # bytes
-X0[0, 0, :2, 0] = -1, 1
-EPS = RNG.standard_normal(X0.shape)
-T = np.array([1, 1, 2, 5, 23, 40])
+BOUND = td.Diffusion(td.linear_betas(40), "v")
+BYTES = np.round(255 * np.random.default_rng(0).random((40, 2, 3, 1))) / 127.5 - 1
+BYTES[::2] = np.sign(BYTES[::2])
+Y, T = np.arange(40) % 5, np.arange(1, 41)
+EPS, OTHER = np.random.default_rng(1).standard_normal((2, *BYTES.shape))
 
 
-def test_the_hybrid_gradient_is_the_bounds_for_f_and_the_squared_errors_for_v(monkeypatch):
+def certain(x, t, y, f=0.0):
+    """Whatever x is: x0 is y / 5, and f is f."""
+    signal, noise = (td.per_image(a[t] ** 0.5, x) for a in (BOUND.abar, 1 - BOUND.abar))
+    v = (signal * x - td.per_image(y / 5, x)) / noise
+    return np.concatenate([v, 0 * v + 2 * f - 1], 3)
+
+
+def hybrid(add_gradient, out, x0=BYTES):
+    """The loss and its gradient by the network's answer, where that is out."""
     class Net:
         def forward(self, *args):
-            return self.out, lambda dout: vars(self).update(dout=dout)
+            return out, vars(self).setdefault("douts", []).append
     net = Net()
+    return add_gradient(net, BOUND, x0, T, Y, EPS, x0.size), net.douts[0]
 
-    def loss(out):
-        net.out = out
-        return lv.add_gradient(net, DIFFUSION, X0, T, T, EPS, 5)
-    v, guess = DIFFUSION.target(X0, EPS, T), 0.02 * RNG.standard_normal(X0.shape)
-    v[1] += 5                                                       # a guess to be clipped
-    out = np.concatenate([v + guess, RNG.standard_normal(X0.shape)], 3)
-    loss(out)
-    dout, u, h = net.dout, RNG.standard_normal(out.shape), 1e-6
-    for u, weight in ((u * [0, 1], lv.LAMBDA), (u * [1, 0], 0)):
+
+def test_the_gradient_is_the_slope_of_the_cores_loss_by_v_and_of_the_bound_by_f(monkeypatch):
+    out, both = np.random.default_rng(2).standard_normal((2, *BYTES.shape[:3], 2))
+    dout, h = hybrid(lv.add_gradient, out)[1], 1e-6
+    for u, weight in ((both * [0, 1], lv.LAMBDA), (both * [1, 0], 0)):
         monkeypatch.setattr(lv, "LAMBDA", weight)
-        slope = (loss(out + h * u) - loss(out - h * u)) / (2 * h)
-        assert (u * dout).sum() == pytest.approx(slope, rel=1e-4)
+        up, down = (hybrid(lv.add_gradient, out + d * u)[0] for d in (h, -h))
+        assert (u * dout).sum() == pytest.approx((up - down) / (2 * h), rel=1e-4)
+    close(down, hybrid(td.add_gradient, (out - h * u)[..., :1])[0])
 
 
-def constant(x, t, y=None):
-    """Whatever x is, x0 is 0.2; and f is 0."""
-    signal, noise = (td.per_image(a[t] ** 0.5, x) for a in (DIFFUSION.abar, 1 - DIFFUSION.abar))
-    v = (signal * x - 0.2) / noise
-    return v if y is None else np.concatenate([v, 0 * v - 1], 3)
+def test_over_all_t_the_loss_has_lambda_times_the_bound(monkeypatch):
+    x0, losses = np.repeat(BYTES[1:2], 40, 0), []
+    for weight in (0, 0.5):
+        monkeypatch.setattr(lv, "LAMBDA", weight)
+        out = certain(BOUND.q_sample(x0, T, EPS), T, 0 * T)
+        losses.append(hybrid(lv.add_gradient, out, x0)[0])
+    bound = td.variational_bound(BOUND, lambda x, t: certain(x, t, 0 * t)[..., :1], x0[:1], 1)
+    bits = (losses[1] - losses[0]) / 0.5 / np.log(2)
+    close(bits, bound["total"] - bound["prior"], 1e-6)
 
 
-def test_with_f_0_and_all_steps_it_is_the_cores_bound():
-    bits = lv.bits_per_dim(constant, DIFFUSION, X0, T, range(40, 0, -1), 6,
-                           np.random.default_rng(0))
-    expected = td.variational_bound(DIFFUSION, constant, X0, 1)["total"]
-    for name in ("fixed small", "learned", "learned, carried over"):
-        close(bits[name][0], expected, 1e-6)
-    assert bits["fixed large"][0] < expected - 1
+@pytest.mark.parametrize("f, steps", [(0, T[::-1]), (0.3, T[::-1]), (0.3, (40, 9, 1))])
+def test_with_f_0_and_all_steps_it_is_the_cores_bound_and_jumps_carry_another_f(f, steps):
+    bits = lv.bits_per_dim(lambda x, t, y: certain(x, t, y, f), BOUND, BYTES, Y, steps, 40,
+                           np.random.default_rng(1))
+    small, large, learned, carried = (bit for bit, _ in bits.values())
+    if len(steps) == 40:
+        core = td.variational_bound(BOUND, lambda x, t: certain(x, t, Y)[..., :1], BYTES, 1)
+        close(small, core["total"], 1e-6)
+        close(learned, carried, 1e-5)
+    assert (f == 0) == (abs(learned - small) < 1e-4) and large < learned <= small + 1e-4
+    assert (len(steps) == 40) == (abs(carried - learned) < 1)
+
+
+def test_the_error_is_what_the_bits_vary_by():
+    rng = np.random.default_rng(0)
+    bits, errors = np.transpose([lv.bits_per_dim(certain, BOUND, BYTES, Y, (40, 1), 4, rng)[
+        "learned"] for _ in range(150)])
+    assert errors.mean() == pytest.approx(bits.std(), rel=0.3)
 
 
 def test_a_jump_is_a_step_of_the_process_that_has_no_others():
     """iDDPM section 4: betas from the abar of the steps that are left."""
-    steps, guess, log_var = [2, 7, 40], 0.9 * X0, RNG.standard_normal(X0.shape)
-    respaced = td.Diffusion(td.betas_from_abar(np.append(1, DIFFUSION.abar[steps])), "v")
+    steps = [1, 7, 40]
+    respaced = td.Diffusion(td.betas_from_abar(np.append(1, BOUND.abar[steps])), "v")
     for i, (t, s) in enumerate(zip(steps[1:], steps), 2):
-        xt = DIFFUSION.q_sample(X0, t, EPS)
-        close(lv.bound_terms(DIFFUSION, X0, xt, guess, t, s, log_var),
-              lv.bound_terms(respaced, X0, xt, guess, i, i - 1, log_var))
-        close(lv.log_variances(DIFFUSION, t, s, X0), lv.log_variances(respaced, i, i - 1, X0))
-        close(sum(lv.log_variances(DIFFUSION, t, s, X0)), np.log(respaced.beta[i]))
+        arrays = BYTES, BOUND.q_sample(BYTES, t, EPS), 0.9 * BYTES
+        close(lv.bound_terms(BOUND, *arrays, t, s, OTHER),
+              lv.bound_terms(respaced, *arrays, i, i - 1, OTHER))
+        close(sum(lv.log_variances(BOUND, t, s, BYTES)), np.log(respaced.beta[i]))
 
 
 @pytest.mark.parametrize("t, s", [(5, 4), (40, 12)])
 def test_the_bound_is_flat_where_the_variance_is_right(t, s):
-    """Of data N(0, 0.5): the mean's square and the slope on average."""
-    x0 = 0.5 ** 0.5 * RNG.standard_normal((200_000, 1))
-    xt = DIFFUSION.q_sample(x0, t, RNG.standard_normal(x0.shape))
-    abar, (log_small, width) = DIFFUSION.abar[t], lv.log_variances(DIFFUSION, t, s, x0)
+    """Of data N(0, 1/2), whose g is known: in the step and, carried over, in the jump."""
+    x0, eps = np.random.default_rng(0).standard_normal((2, 200_000, 1)) * [[[0.5 ** 0.5]], [[1]]]
+    xt, abar = BOUND.q_sample(x0, t, eps), BOUND.abar[t]
     guess, g = 0.5 * abar ** 0.5 * xt / (1 - 0.5 * abar), 0.5 / (1 - 0.5 * abar)
-    step = lv.log_variances(DIFFUSION, t, t - 1, x0)[1]
-    f = np.log1p(g * np.expm1(step)) / step         # the best in the step to t-1
-    jump = lv.carried_over(DIFFUSION, t, s, f)
+    step = lv.log_variances(BOUND, t, t - 1, x0)[1]
+    f = lv.carried_over(BOUND, t, s, np.log1p(g * np.expm1(step)) / step)
+    log_small, width = lv.log_variances(BOUND, t, s, x0)
     below, right, above = (
-        lv.bound_terms(DIFFUSION, x0, xt, guess, t, s, log_small + f * width + 0 * x0)[1].mean()
-        for f in (jump - 0.1, jump, jump + 0.1))
+        lv.bound_terms(BOUND, x0, xt, guess, t, s, log_small + h * width + 0 * x0)[1].mean()
+        for h in (f - 0.1, f, f + 0.1))
     assert below < -5 * abs(right) and above > 5 * abs(right)
 
 
 def test_the_decoder_is_the_cores_and_its_slope_too():
-    mean, h = X0 + 0.02 * RNG.standard_normal(X0.shape), 1e-5
-    log_var = np.log(RNG.uniform(1e-5, 1e-3, X0.shape))
-    terms = [lv.decoder_terms(X0, mean, log_var + shift) for shift in (0, h, -h)]
-    close(terms[0][0], -np.log(td.bin_probability(X0, mean, np.exp(log_var / 2))))
-    close(terms[0][1], (terms[1][0] - terms[2][0]) / (2 * h), 1e-6)
+    log_var, h = OTHER - 9, 1e-5
+    (nats, slope), (up, _), (down, _) = (
+        lv.decoder_terms(BYTES, BYTES + 0.02 * EPS, log_var + d) for d in (0, h, -h))
+    close(nats, -np.log(td.bin_probability(BYTES, BYTES + 0.02 * EPS, np.exp(log_var / 2))))
+    close(slope, (up - down) / (2 * h), 1e-6)
