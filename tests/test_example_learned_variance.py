@@ -84,7 +84,8 @@ def test_a_jump_is_a_step_of_the_process_that_has_no_others():
 @pytest.mark.parametrize("t, s", [(5, 4), (40, 12)])
 def test_the_bound_is_flat_where_the_variance_is_right(t, s):
     """Of data N(0, 1/2), whose g is known: in the step and, carried over, in the jump."""
-    x0, eps = np.random.default_rng(0).standard_normal((2, 200_000, 1)) * [[[0.5 ** 0.5]], [[1]]]
+    x0, eps = np.random.default_rng(0).standard_normal((2, 200_000, 1))
+    x0 *= 0.5 ** 0.5
     xt, abar = BOUND.q_sample(x0, t, eps), BOUND.abar[t]
     guess, g = 0.5 * abar ** 0.5 * xt / (1 - 0.5 * abar), 0.5 / (1 - 0.5 * abar)
     step = lv.log_variances(BOUND, t, t - 1, x0)[1]
