@@ -50,9 +50,9 @@ def in_place():
 
 
 def train(comm, images, labels, steps, path, batch=64, fails=None):
-    """Train the demo's network to so many steps; process 0 saves to path, from where it goes on.
-    Returns the seconds of each step. fails: a step after which one process fails,
-    for the drill."""
+    """Train the demo's network to so many steps; process 0 saves to path, from where it goes
+    on. Returns the seconds of each step. fails: a step after which one process fails, for the
+    drill."""
     if path.exists():
         net, diffusion, state, _ = td.load(path)
     else:

@@ -97,7 +97,7 @@ def test_langevin_ends_in_the_data_given_time():
     assert steps[0] == 1000 and steps[-1] == 1 and (np.diff(steps) <= 0).all()
     x = td.normal(rng, (4000, 2), np.float64)
     *_, (s, still) = ode_2d.langevin(net, DIFFUSION, x, rng, steps, r=0)
-    assert s == 0 and np.allclose(still, x / DIFFUSION.abar[-1] ** 0.5)     # the signal's growth
+    assert s == 0 and np.allclose(still, x / DIFFUSION.abar[-1] ** 0.5)    # the signal's growth
     x = td.sample(ode_2d.langevin(net, DIFFUSION, x, rng, steps, each=60, r=0.2))
     close(x.mean(0), [0.7, -0.4], 0.03), close(np.cov(x.T), 0.25 * np.eye(2), 0.02)
 
