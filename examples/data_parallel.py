@@ -80,6 +80,7 @@ def worker(steps, path, batch="64", fails="0"):
     except Exception as error:
         print(f"process {comm.rank} of {comm.size} failed: {error or type(error).__name__}; "
               f"the same command goes on from {path}", file=sys.stderr, flush=True)
+        time.sleep(1)               # until mpiexec has passed that on
         comm.Abort(1)
     if comm.rank == 0 and len(times):
         print(f"processes: {comm.size}; ms a step: {1000 * np.median(times):.0f}")
@@ -112,7 +113,8 @@ def main(out, short):
         said, well = mpiexec(n, steps, path, batch, *words)
         off = abs(td.load(path)[0].params.flat - expected).max()
         took = said.split(": ")[-1].strip() if well else ""
-        print(f"{what:44}{took:>8}   {f'{off:.0e}' if well else said.splitlines()[0]}")
+        ended = f"{off:.0e}" if well else said.split("\n")[0]
+        print(f"{what:44}{took:>8}   {ended}")
         return well and float(took)
     print(f"{f'{steps} steps of {batch} digits':44} ms/step   parameters off td.train's by")
     times = {}

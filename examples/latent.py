@@ -11,7 +11,8 @@ large z: KL(N(z, sigma^2) || N(0, 1)) is |z|^2 / 2 and a constant, so this is LD
 for a fixed sigma. Then train diffusion on the z, brought to the mean 0 and deviation 1 of the
 noise that it will meet (section 4.3.2, appendix G), and decode what it draws.
 
-Both ways get the same training time, the autoencoder's included.
+Both ways get the same training time, the autoencoder's included. It is the processor's time, of
+all threads together, so that a busy machine does not decide.
 """
 import time
 from functools import partial
@@ -114,8 +115,8 @@ def compare(data, score, side, steps, count):
     image, batch = x.shape[1:], 64 // side ** 2         # as many pixels to a step
 
     def timed(function):
-        began = time.perf_counter()
-        return function(), time.perf_counter() - began
+        began = time.process_time()
+        return function(), time.process_time() - began
 
     def draw(net, **bounds):
         return td.sample(demo.frames(net, diffusion, first, 0, "ddim", 1.6, steps=20, eta=0.6,
