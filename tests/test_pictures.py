@@ -370,7 +370,7 @@ def test_a_file_that_is_no_npz_is_named(tmp_path):
         refused(put(path, raw), path, "is damaged, or holds more than plain arrays")
     refused(npz(tmp_path, pixels=X), path, "pixels", "x_train")
     refused(npz(tmp_path, x=X, images=X), path, "images")
-    refused(npz(tmp_path, x=np.array([None])), path, "not an .npz of plain arrays")
+    refused(npz(tmp_path, x=np.array([None])), path, "more than plain arrays")
     np.save(tmp_path / "a.npy", X)
     refused((tmp_path / "a.npy").rename(path), path, "is damaged, or holds more than plain arrays")
 
