@@ -159,8 +159,7 @@ def compare(data, score, side, steps, count):
 def main(out, short):
     data = digits()
     score, figure = Score(data, out), Figure((11, 7.5), layout="constrained")
-    for ax, side, steps in zip(figure.subplots(2), (1, 2),
-                               ((400, 500), (400, 450))):
+    for ax, side, steps in zip(figure.subplots(2), (1, 2), ((400, 500), (400, 300))):
         rows = compare(data, score, side, (5, 5) if short else steps, 40 if short else 400)
         files.show(ax, np.stack([*rows.values()]), names=[*rows])
     files.keep(figure, out / "latent.png")

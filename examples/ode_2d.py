@@ -112,9 +112,9 @@ def main(out, short):
         log_q, true = log_likelihood(net, diffusion, x, 50), mixture.log_density(x)
         off, density = log_q - true, np.exp(log_likelihood(net, diffusion, grid, 50))
         mass, error = density.sum() * (line[1] - line[0]) ** 2, off.std() / n ** 0.5
-        print(f"  log-likelihood in nats: true {true.mean():.3f}, by the flow {log_q.mean():.3f}"
-              f",\n  apart {off.mean():.3f} +- {error:.3f}, of a point {off.std():.3f}; the flow's "
-              f"density adds up to {mass:.3f}")
+        print(f"  log-likelihood in nats: true {true.mean():.3f}, "
+              f"by the flow {log_q.mean():.3f},\n  apart {off.mean():.3f} +- {error:.3f}, "
+              f"of a point {off.std():.3f}; the flow's density adds up to {mass:.3f}")
         axes[4].imshow(density.reshape(side, side), origin="lower", extent=(-edge, edge) * 2)
         axes[4].contour(line, line, np.exp(mixture.log_density(grid)).reshape(side, side),
                         colors="white", linewidths=0.5, levels=4)
