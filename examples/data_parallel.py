@@ -30,17 +30,21 @@ import numpy as np
 SAVE, CHUNK = 10, 16        # steps from checkpoint to checkpoint; images at a time
 
 
-def all_reduced(comm, net, diffusion, x0, t, y, eps, *rest):
+def all_reduced(comm, net, diffusion, x0, t, y, eps, total, loss_name="l2", weighting="simple",
+                rng=None, clip=(-1, 1)):
     """td.add_gradient of this process' part of the batch, then the sum over all processes, with
     the loss as one more number."""
     loss, n = 0.0, len(x0)
+    own = net.with_params(net.params.flat)      # net may hold another batch's sum already
+    rng = rng and rng.spawn(comm.size)[comm.rank]       # dropout: each part has its own
     begin, end = (n * rank // comm.size for rank in (comm.rank, comm.rank + 1))
     for i in range(begin, end, CHUNK):
         part = slice(i, min(i + CHUNK, end))
-        loss += td.add_gradient(net, diffusion, x0[part], t[part], y[part], eps[part], *rest)
-    message = np.append(net.grads.flat, np.float32(loss))
+        loss += td.add_gradient(own, diffusion, x0[part], t[part], y[part], eps[part], total,
+                                loss_name, weighting, rng, clip)
+    message = np.append(own.grads.flat, own.grads.flat.dtype.type(loss))
     comm.Allreduce(in_place(), message)
-    net.grads.flat = message[:-1]
+    net.grads.flat += message[:-1]
     return float(message[-1])
 
 

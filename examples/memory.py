@@ -25,16 +25,17 @@ import numpy as np
 BATCH, DEPTHS = 16, (1, 2, 4, 8)
 
 
-def recomputed(block, keep=np.float32):
-    """The block (td.res_block), but all it keeps for its backward is x, as the type `keep`."""
+def recomputed(block, keep=None):
+    """The block (td.res_block), but all it keeps for its backward is x, as the type `keep`
+    if that is given."""
     def frugal(p, x, *, drop, **others):
         before = copy.deepcopy(drop)                # the state of its random numbers
         y, _ = block(p, x, drop=drop, **others)
-        dtype, x = x.dtype, x.astype(keep)
+        dtype, x = x.dtype, x.astype(keep or x.dtype, copy=False)
 
         def back(dy):
             again = copy.deepcopy(before)
-            return block(p, x.astype(dtype), drop=again, **others)[1](dy)
+            return block(p, x.astype(dtype, copy=False), drop=again, **others)[1](dy)
         return y, back
     return frugal
 

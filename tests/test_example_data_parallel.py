@@ -2,6 +2,7 @@
 import copy
 import os
 import shutil
+from importlib.util import find_spec
 
 import data_parallel
 import numpy as np
@@ -35,16 +36,17 @@ def test_what_the_processes_send_adds_up_to_the_gradient_and_loss_of_the_batch(s
     other, total = copy.deepcopy(net), 0
     loss = td.add_gradient(other, diffusion, *batch, 80)
     for rank in range(size):
-        net.grads.flat = 0
+        net.grads.flat = 7          # of an earlier batch of the same step
         comm = Rank(rank, size)
         data_parallel.all_reduced(comm, net, diffusion, *batch, 80)
-        assert np.array_equal(net.grads.flat, comm.sent[:-1])
+        close(net.grads.flat, 7 + comm.sent[:-1])
         total = total + comm.sent
     close(total[:-1], other.grads.flat)
-    close(total[-1], loss, 1e-6)
+    close(total[-1], loss)
 
 
-@pytest.mark.skipif(not shutil.which("mpiexec"), reason="no MPI: pip install mpi4py mpich")
+@pytest.mark.skipif(not (shutil.which("mpiexec") and find_spec("mpi4py")),
+                    reason="no MPI: pip install mpi4py mpich")
 @pytest.mark.skipif(td.xp is not np, reason="the messages are on the host")
 def test_processes_train_as_one_does_and_go_on_after_one_has_failed(tmp_path):
     """Two, of which one fails after step 11: the job ends with a sentence. Three go on from the

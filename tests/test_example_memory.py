@@ -7,16 +7,18 @@ import tinyddpm as td
 
 
 def gradients(kind, x, calls=1):
-    net = kind((6, 7, 2), (8, 12), classes=2, blocks=2, attention=(1,), dropout=0.3, rng=3)
-    net.params.flat += 0.2 * td.normal(0, net.params.flat.shape)
+    net = kind((6, 7, 2), (8, 12), classes=2, blocks=2, attention=(1,), dropout=0.3, rng=3,
+               dtype=x.dtype)
+    net.params.flat += 0.2 * td.normal(0, net.params.flat.shape, x.dtype)
     y, back = net.forward(x, np.array([3, 900]), np.array([0, 2]), 5)
     return y, [back(y) for _ in range(calls)], net.grads.flat.copy()
 
 
-def test_recomputed_blocks_give_the_same_bit_for_bit():
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_recomputed_blocks_give_the_same_bit_for_bit(dtype):
     """The answer, the gradient of the picture and of every parameter, with dropout; also when
     asked twice."""
-    x = td.normal(1, (2, 6, 7, 2))
+    x = td.normal(1, (2, 6, 7, 2), dtype)
     y, dx, grads = gradients(td.UNet, x, 2)
     again, dx_again, grads_again = gradients(memory.Recomputed, x, 2)
     assert np.array_equal(y, again) and np.array_equal(grads, grads_again) and grads.any()
