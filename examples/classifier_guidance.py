@@ -10,7 +10,7 @@ picture, which training throws away. Both together are again an eps, which any s
 
     eps - w sqrt(1 - abar_t) grad log p(y | x_t)            (section 4.2, eq. 14)
 
-With w = 1 it is Bayes' rule; more draws pictures that are surer, and more alike (section 4.3).
+With w = 1 it is Bayes' rule; a larger w draws surer pictures, more alike (section 4.3).
 Classifier-free guidance (CFG, 2207.12598) needs no classifier, but a network that knows labels.
 """
 from functools import partial

@@ -7,8 +7,8 @@ noised as q(x_s | x0) wants it at s, the step gone to:
     x_s  =  known:    sqrt(abar_s) x0 + sqrt(1 - abar_s) eps
             unknown:  a step of DDPM from x_t
 
-At s = 0 the known pixels are exact. But each step saw unknown pixels that fitted known ones of
-the step before: what is drawn goes with its surroundings only roughly. So resample (RePaint
+At s = 0 the known pixels are exact. But their noise at s is drawn without a look at the
+unknown pixels: the two go together only roughly. So resample (RePaint
 section 4.2, Algorithm 1): add the noise of the step from s to t again and repeat the step, so
 that both parts meet in the network once more,
 

@@ -7,7 +7,7 @@ x_0 by Euler's method, and an equation can be followed the other way, too:
     x_t = sqrt(abar_t) x0(x_s, s) + sqrt(1 - abar_t) eps(x_s, s),      s < t
 
 Sampling from the x_T that this ends at gives the picture again, but for the error of Euler's
-method, which falls as steps become shorter; with guidance the equation is steeper, and the
+method and for what the first step's noise hides, which fall as steps become shorter; with guidance the equation is steeper, and the
 error larger. The way up begins at the first step, with its noise in the picture: black that is
 exactly black tells nothing of eps, and would go up as black, not as noise.
 
@@ -50,7 +50,7 @@ def slerp(a, b, u):
 
 
 def reconstruction(net, diffusion, x0, labels, counts):
-    """Mean square root error of pictures that went to noise and back, by steps and guidance."""
+    """Root mean square error of pictures that went to noise and back, by steps and guidance."""
     errors = {}
     for w in WEIGHTS:
         model = td.guided(demo.parallel(net), labels, net.null, w)

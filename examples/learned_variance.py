@@ -1,8 +1,8 @@
 """Learned variance (iDDPM, 2102.09672): the network says how far off each step back may be.
 
-In the step from x_t to x_s the mean is off by as much as the guess of x0 is. So its variance is
-between the posterior's, beta~, right where x0 is known, and beta, right where data are noise
-themselves. DDPM takes one of the two; iDDPM asks the network for f, pixel by pixel (eq. 15):
+In the step from x_t to x_s the mean is off by a multiple of what the guess of x0 is. So the
+variance is at least the posterior's, beta~, right where x0 is known; and on average, for data of
+unit variance or less, at most beta, right where data are noise themselves. DDPM takes one of the two; iDDPM asks the network for f, pixel by pixel (eq. 15):
 
     log var = f log beta + (1 - f) log beta~
     beta = 1 - abar_t / abar_s,    beta~ = beta (1 - abar_s) / (1 - abar_t)

@@ -10,9 +10,9 @@ for one more forward pass: about a third more time, as backward is about twice f
 gradients are the same, bit for bit, as the same is computed again from the same input; where
 something is drawn (dropout), it has to be drawn the same again.
 
-The input may be kept in half precision, too. What goes forward stays exact; the gradient then
-is that of a slightly different input. Inputs of a block are of about unit size, where float16
-is good to a relative 2^-11.
+The input may be kept in half precision, too. What goes forward stays exact; going
+back, each block's derivative is taken at a slightly different input: float16 rounds to a
+relative 2^-11 at most.
 """
 from gallery import asnumpy, files, run, td
 
@@ -74,7 +74,7 @@ def step(kind, depth, batch, channels=(32, 64)):
 def main(out, short):
     print(f"{'':16}all kept{'':10}recomputed{'':24}and x in half precision\n"
           f"blocks, batch{'MB':>9}{'ms':>8}" + 2 * f"{'MB':>10}{'ms':>8}   gradient off")
-    curves = {name: [] for name in ("all kept", "recomputed", "in half precision")}
+    curves = {name: [] for name in ("all kept", "recomputed", "x in half precision")}
     settings = [(depth, BATCH) for depth in DEPTHS] + [(2, 2 * BATCH), (2, 4 * BATCH)]
     for depth, batch in [(1, 4), (2, 4)] if short else settings:
         results = [step(kind, depth, batch) for kind in (td.UNet, Recomputed, Halved)]

@@ -14,7 +14,7 @@ The flow can be followed up to x_T, too. As it spreads, density falls (eq. 39), 
 
     log q(x) = log N(x_T; 0, 1) + integral of div v dphi,   v = (eps - sin(phi) x) / cos(phi)
 
-is exact: div eps is the trace of a Jacobian of two rows, and a row is one call of `back`.
+where div eps needs no estimate: it is the trace of a 2 x 2 Jacobian, a row one call of `back`.
 """
 from itertools import pairwise
 

@@ -10,7 +10,7 @@ what it sees, which holds c and gets no noise (SR3 eq. 6, there with eps for v):
 and the samplers are as they were. How good is an answer x? Squared error, and with it PSNR,
 prefers the mean m = E[x0 | c], a blur of all the answers: a draw from p(x0 | c) is off by
 
-    E |x - x0|^2 = E |x - m|^2 + E |m - x0|^2 = 2 E |m - x0|^2,    by 3.01 dB of PSNR more,
+    E |x - x0|^2 = E |x - m|^2 + E |m - x0|^2 = 2 E |m - x0|^2,    3.01 dB of PSNR less,
 
 even if it is perfect. And m is the network's guess of x0 at t = T, where x_t tells it nothing.
 """
