@@ -7,34 +7,25 @@
 import argparse
 import contextlib
 import copy
-import ctypes
 import math
-import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Before NumPy starts: one thread to a product, because we cut the batch over threads instead.
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
-             "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(name, "1")
+import cores        # before NumPy: it sets how many threads that takes
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np                                                              # noqa: E402
-from tqdm import tqdm                                                           # noqa: E402
-
-import files                                                                    # noqa: E402
-import noise                                                                    # noqa: E402
-import pictures                                                                 # noqa: E402
-import tinyddpm as td                                                           # noqa: E402
-from tinyddpm import asnumpy, xp                                                # noqa: E402
+import files
+import noise
+import pictures
+import tinyddpm as td
+from cores import CORES, ON_GPU, parallel
+from tinyddpm import asnumpy, xp
 
 HERE, OUT = Path(__file__).parent, Path("out")
 WEIGHTS = HERE / "weights" / "mnist.npz"        # these come with the demo
-ON_GPU = xp is not np
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-THREADS, CHUNK = (1, 500) if ON_GPU else (CORES, 32)
 
 # Chosen by measurement: the best found for five minutes on two CPU cores. For a GPU, larger.
 CHANNELS = [64, 128, 128] if ON_GPU else [16, 32, 64]
@@ -63,9 +54,10 @@ def process(schedule="cosine", T=1000, predicts="v"):
 def learn(net, diffusion, images, labels, steps=STEPS, batch=BATCH, optimizer="muon", lr=None,
           seed=0, state=None):
     """DDPM Algorithm 1, steps times: a generator of the State, with its loss, after each."""
-    return td.train(net, diffusion, images, labels, steps=steps, batch=batch, ema=EMA,
-                    optimizer=optimizer, lr=lr or LR[optimizer], rng=seed + 1, state=state,
-                    threads=THREADS)
+    with cores.processes(net, CORES) as gradient:
+        yield from td.train(net, diffusion, images, labels, steps=steps, batch=batch, ema=EMA,
+                            optimizer=optimizer, lr=lr or LR[optimizer], rng=seed + 1,
+                            chunk=16 * CORES, gradient=gradient, state=state)
 
 
 def frames(net, diffusion, labels, seed, sampler, guidance, **options):
@@ -108,7 +100,7 @@ def train(args):
     steps, batch = options["steps"], options["batch"]
     args.out.mkdir(parents=True, exist_ok=True)     # if that fails, then now, not at the end
     print(f"{net.params.flat.size:,} parameters; {steps:,} steps of {batch} pictures, {done:,} "
-          f"of them done; {xp.__name__}{'' if ON_GPU else f' on {THREADS} threads'}")
+          f"of them done; {xp.__name__}{'' if ON_GPU else f' on {CORES} cores'}")
     if done < steps:
         print(f"{args.out / 'samples.png'} shows what it draws, anew every half minute; Ctrl-C "
               "saves and stops")
@@ -220,19 +212,6 @@ def results(out, net, diffusion, notes):
 
 
 # ------------------------------------------------------------------------------------ drawing
-
-def parallel(model, threads=THREADS, chunk=CHUNK):
-    """The same model, its batch cut into equal parts of at most chunk images, as many for each
-    thread."""
-    pool = ThreadPoolExecutor(threads)
-
-    def model_in_parts(*arrays):
-        n = len(arrays[0])
-        parts = min(n, threads * -(-n // (threads * chunk)))
-        cuts = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
-        return xp.concatenate([*pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)])
-    return model_in_parts
-
 
 def trained(args):
     """The network of --model, or else of OUT/model.npz, with the average of its parameters;
@@ -457,16 +436,6 @@ def parser():
     return top
 
 
-def keep_memory():
-    """Ask glibc to keep what NumPy frees, instead of giving it back to the kernel after every
-    step and getting it anew, page by page."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):      # another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, at its highest
-            libc.mallopt(-1, 1 << 30)       # M_TRIM_THRESHOLD
-
-
 @contextlib.contextmanager
 def one_sentence(program):
     """What goes wrong ends the program with a sentence, not with a traceback."""
@@ -479,7 +448,7 @@ def one_sentence(program):
 
 
 def main(words):
-    keep_memory()
+    cores.keep_memory()
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
         words = ["train", *words]           # plain `python demo.py` trains
     args = parser().parse_args(words)

@@ -41,7 +41,6 @@ import json
 import math
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, dataclass, fields
 from functools import partial
 from itertools import accumulate as running_sums, pairwise
@@ -871,10 +870,13 @@ def orthogonal(m):
     if len(m) < m.shape[1]:
         return orthogonal(m.T).T        # so that the gram matrix is the smaller of the two
     m = m / (xp.sqrt((m * m).sum()) + 1e-12)
+    # A step multiplies m from the right by a polynomial of the gram matrix: follow that alone.
+    gram, one = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
+    turn = one
     for _ in range(5):
-        gram = m.T @ m
-        m = 3.4445 * m - m @ (4.775 * gram - 2.0315 * gram @ gram)
-    return m
+        step = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
+        gram, turn = step @ gram @ step, turn @ step
+    return m @ turn
 
 class EMA:
     """A running mean of the parameters, .flat, whose samples are better than theirs. Its decay
@@ -898,8 +900,8 @@ class State:
 
 def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="l2",
           weighting="simple", optimizer="adamw", lr=2e-3, warmup=100, momentum=(0.9, 0.99),
-          weight_decay=0.0, max_norm=1.0, ema=0.999, label_drop=0.1, accumulate=1, threads=1,
-          chunk=16, clip=(-1, 1), gradient=add_gradient, state=None):
+          weight_decay=0.0, max_norm=1.0, ema=0.999, label_drop=0.1, accumulate=1, chunk=16,
+          clip=(-1, 1), gradient=add_gradient, state=None):
     """Train net to predict what the diffusion says. A generator of its State after every step,
     always the same one, of which ema.flat goes on changing too: copy what you keep. To draw,
     net.with_params(state.ema.flat). To go on, pass the State: rng, optimizer, momentum and ema
@@ -908,10 +910,10 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     labels: (N,) integers of 0..classes-1, at a rate of label_drop made the null label. loss:
     "l2", "l1" or "huber", times diffusion.loss_weight(t, weighting). optimizer: "adamw" or
     "muon". lr: the highest, after a linear warmup, before half a cosine to 0. max_norm: of the
-    gradient. accumulate: batches to a step. On a CPU each batch is cut over threads and worked
-    through chunk images at a time, so that they stay in the cache; let BLAS use one thread then
-    (OPENBLAS_NUM_THREADS=1). gradient: for a loss of your own, called as add_gradient is;
-    images then have net.condition more channels. A loss that is not finite is a
+    gradient. accumulate: batches to a step. A CPU works through each batch chunk images at a
+    time, so that they stay in its cache. gradient: for a loss of your own, or a part of the
+    work for each core (cores.py, beside the demo), called as add_gradient is; images then have
+    net.condition more channels. A loss that is not finite is a
     FloatingPointError, and the parameters stay as they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
@@ -930,40 +932,32 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     state = state or State(AdamW(net.params, momentum, optimizer == "muon"),
                            EMA(net.params.flat, ema), np.random.default_rng(rng))
     check(state.ema.flat.size == net.params.flat.size, "the state is of another network")
-    threads, chunk = (threads, chunk) if xp is np else (1, batch)
-    workers = [net.with_params(net.params.flat) for _ in range(threads)]
-    total = accumulate * batch * math.prod(net.image)
-
-    def work(worker, rng, *arrays):
-        parts = ([a[i:i + chunk] for a in arrays] for i in range(0, len(arrays[0]), chunk))
-        return sum(gradient(worker, diffusion, *part, total, loss, weighting, rng, clip)
-                   for part in parts)
+    chunk, total = chunk if xp is np else batch, accumulate * batch * math.prod(net.image)
 
     def run():      # apart, so that the checks above run at the call, not at the first next()
-        with ThreadPoolExecutor(threads) as pool:
-            while state.step < steps:
-                for worker in workers:
-                    worker.grads.flat = 0
-                mean_loss = 0.0
-                for _ in range(accumulate):
-                    drawn = draw_batch(diffusion, images, labels, net.null, state.rng, batch,
-                                       label_drop)
-                    parts = (np.array_split(a, threads) for a in drawn)
-                    seed = state.rng.integers(2 ** 63)
-                    rngs = [np.random.default_rng((seed, i)) for i in range(threads)]
-                    mean_loss += sum(pool.map(work, workers, rngs, *parts))
-                grads = sum(worker.grads.flat for worker in workers)
-                norm = float(xp.sqrt(grads @ grads))
-                warm = min(1, (state.step + 1) / max(warmup, 1))
-                state.lr = lr * warm * (1 + math.cos(math.pi * state.step / steps)) / 2
-                if not math.isfinite(mean_loss + norm):
-                    raise FloatingPointError(f"the loss is {mean_loss}, the gradient's norm "
-                                             f"{norm}; try a lower lr than {lr}")
-                grads *= min(1, max_norm / max(norm, 1e-12))
-                state.optimizer.step(net.params.flat, grads, state.lr, weight_decay)
-                state.ema.step(net.params.flat)
-                state.loss, state.step = mean_loss, state.step + 1
-                yield state
+        while state.step < steps:
+            net.grads.flat = 0
+            mean_loss = 0.0
+            for _ in range(accumulate):
+                drawn = draw_batch(diffusion, images, labels, net.null, state.rng, batch,
+                                   label_drop)
+                drop_rng = np.random.default_rng(state.rng.integers(2 ** 63))
+                for i in range(0, batch, chunk):
+                    part = (a[i:i + chunk] for a in drawn)
+                    mean_loss += gradient(net, diffusion, *part, total, loss, weighting,
+                                          drop_rng, clip)
+            grads = net.grads.flat
+            norm = float(xp.sqrt(grads @ grads))
+            warm = min(1, (state.step + 1) / max(warmup, 1))
+            state.lr = lr * warm * (1 + math.cos(math.pi * state.step / steps)) / 2
+            if not math.isfinite(mean_loss + norm):
+                raise FloatingPointError(f"the loss is {mean_loss}, the gradient's norm {norm}; "
+                                         f"try a lower lr than {lr}")
+            grads *= min(1, max_norm / max(norm, 1e-12))
+            state.optimizer.step(net.params.flat, grads, state.lr, weight_decay)
+            state.ema.step(net.params.flat)
+            state.loss, state.step = mean_loss, state.step + 1
+            yield state
     return run()
 
 # -------------------------------------------------------------------------------- checkpoints

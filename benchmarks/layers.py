@@ -9,16 +9,14 @@ backward. The peaks, of a 1,024-wide product and of a copy of as many numbers as
 are measured in turns with the layers.
 """
 import argparse
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cores                                                                    # noqa: E402
 import numpy as np                                                              # noqa: E402
 
 import demo                                                                     # noqa: E402
@@ -71,7 +69,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=30, help="rounds (default: 30)")
     parser.add_argument("--short", action="store_const", const=1, dest="repeats")
     rounds = parser.parse_args().repeats
-    demo.keep_memory()
+    cores.keep_memory()
     rng = np.random.default_rng(0)
     layers = cases()
     a = td.normal(rng, (1024, 1024))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import cores                                                                    # noqa: E402
 import vs_torch                                                                 # noqa: E402
 import numpy as np                                                              # noqa: E402
 import torch                                                                    # noqa: E402
@@ -59,8 +60,8 @@ def main():
     args = parser.parse_args()
     if args.short:
         args.minutes, args.count = [0.05, 0.1], 100
-    demo.keep_memory()
-    torch.set_num_threads(demo.THREADS)
+    cores.keep_memory()
+    torch.set_num_threads(cores.CORES)
     digits, diffusion = pictures.load(), demo.process()
     data, score = (diffusion, digits.images, digits.labels), Score(digits, args.out)
     runs = {"tinyddpm": in_tinyddpm, "PyTorch": in_torch}

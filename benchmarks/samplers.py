@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import cores                                                                    # noqa: E402
 import demo                                                                     # noqa: E402
 import files                                                                    # noqa: E402
 import numpy as np                                                              # noqa: E402
@@ -38,7 +39,7 @@ def main():
     args = parser.parse_args()
     if args.short:
         args.count, args.calls = 100, [3, 5]
-    demo.keep_memory()
+    cores.keep_memory()
     net, diffusion, _ = demo.trained(args)
     digits = pictures.load()
     score, labels = Score(digits, args.out), np.arange(args.count) % net.classes

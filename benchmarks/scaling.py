@@ -3,12 +3,12 @@
     python benchmarks/scaling.py            a table, and docs/scaling.png
     python benchmarks/scaling.py --short    the two smallest of each, and out/scaling.png
 
-Every row is a process of its own, whose peak resident memory is the whole of Python, NumPy and
-the digits too; "of the step" is what came on top of what it held before its first step.
+Every row is a program of its own, of one process for each core. Its peak resident memory is the
+whole of Python, NumPy and the digits too; "of the step" is what came on top of what it held
+before its first step.
 """
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np                                                              # noqa: E402
@@ -26,31 +24,35 @@ from matplotlib.figure import Figure                                            
 import demo                                                                     # noqa: E402
 import files                                                                    # noqa: E402
 import tinyddpm as td                                                           # noqa: E402
+from cores import keep_memory, parallel                                         # noqa: E402
 
-BASE = {"batch": 64, "width": 16, "side": 28, "threads": 2, "calls": 0}
-SERIES = {"batch": (1, 16, 32, 64, 128, 256), "width": (8, 16, 32, 64), "threads": (1, 2),
+BASE = {"batch": 64, "width": 16, "side": 28, "cores": 2, "calls": 0}
+SERIES = {"batch": (1, 16, 32, 64, 128, 256), "width": (8, 16, 32, 64), "cores": (1, 2),
           "side": (14, 28, 56), "calls": (5, 10, 20, 50)}
 
 
-def megabytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def megabytes(others=0):
+    """The most that this process has had, and so many others that have ended."""
+    own, other = (resource.getrusage(who).ru_maxrss / 1024
+                  for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own + others * other
 
 
-def measure(batch, width, side, threads, calls):
+def measure(batch, width, side, cores, calls):
     """Milliseconds of a training step or, with calls, of drawing; MB of the process, of it."""
-    demo.keep_memory()
+    keep_memory()
     rng = np.random.default_rng(0)
     net = demo.network((side, side, 1), (width, 2 * width, 4 * width))
     diffusion = demo.process()
     images = np.clip(td.normal(rng, (1000, side, side, 1)), -1, 1)
     if calls:
-        model = td.guided(demo.parallel(net, threads), np.arange(batch) % 10, net.null, 2.0)
+        model = td.guided(parallel(net, cores), np.arange(batch) % 10, net.null, 2.0)
         x = td.normal(rng, (batch, side, side, 1))
 
         def step():
             td.sample(td.ddim(model, diffusion, x, steps=calls))
     else:
-        demo.THREADS = threads
+        demo.CORES = cores
         training = demo.learn(net, diffusion, images, np.arange(1000) % 10, 10 ** 6, batch)
 
         def step():
@@ -60,7 +62,10 @@ def measure(batch, width, side, threads, calls):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times), megabytes(), megabytes() - before
+    if not calls:
+        training.close()
+    most = megabytes(0 if calls else cores - 1)
+    return 1000 * statistics.median(times), most, most - before
 
 
 def main():
@@ -72,7 +77,7 @@ def main():
     if args.one:
         print(json.dumps(measure(**args.one)))
         return
-    print(f"otherwise batch 64, channels 16, 32, 64, 28x28, 2 threads\n\n{'':>10}{'':>10}"
+    print(f"otherwise batch 64, channels 16, 32, 64, 28x28, 2 cores\n\n{'':>10}{'':>10}"
           f"{'ms':>10}{'us an image':>13}{'MB in all':>11}{'MB of it':>10}")
     figure = Figure((15, 3), layout="constrained")
     for ax, (name, values) in zip(figure.subplots(1, len(SERIES)), SERIES.items()):

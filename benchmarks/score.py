@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import cores                                                                    # noqa: E402
 import demo                                                                     # noqa: E402
 import files                                                                    # noqa: E402
 import numpy as np                                                              # noqa: E402
@@ -166,7 +167,7 @@ def main(words):
     add("--eta", type=float)
     add("--seed", type=int, default=0)
     args = parser.parse_args(words)
-    demo.keep_memory()
+    cores.keep_memory()
     with demo.one_sentence("score.py"):
         score(args)
 

@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ISA = argparse.ArgumentParser(add_help=False)
 ISA.add_argument("--isa", choices=("best", "avx2", "env"), default="best", help="instructions")
 isa = ISA.parse_known_args()[0].isa             # before NumPy and PyTorch look
@@ -29,12 +28,10 @@ if isa == "best":
 elif isa == "avx2":
     os.environ |= {"OPENBLAS_CORETYPE": "Haswell", "ONEDNN_MAX_CPU_ISA": "AVX2",
                    "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-# tinyddpm cuts batches over threads instead. (PyTorch's OpenMP keeps its two.)
-for name in ("OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(name, "1")
 os.environ.setdefault("CUPY_TF32", "1")         # on a GPU, as PyTorch's line in main()
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import cores                                                                    # noqa: E402
 import numpy as np                                                              # noqa: E402
 import torch                                                                    # noqa: E402
 import torch.nn.functional as F                                                 # noqa: E402
@@ -168,7 +165,7 @@ def sgemm(matmul, ones):
     dtype = np.float32 if ones is np.ones else torch.float32
     a = ones((1024, 1024), dtype=dtype)
     took = statistics.median(seconds(lambda: matmul(a, a)) for _ in range(20))
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(cores.CORES)
     return 2 * 1024 ** 3 / took / 1e9
 
 
@@ -190,11 +187,11 @@ def main():
     parser.add_argument("--short", action="store_true")
     args = parser.parse_args()
     batches, repeats = ([8], 1) if args.short else (args.batch, args.repeats)
-    demo.keep_memory()
-    torch.set_num_threads(THREADS)
+    cores.keep_memory()
+    torch.set_num_threads(cores.CORES)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     numpys, torchs = sgemm(np.matmul, np.ones), sgemm(torch.matmul, torch.ones)
-    print(f"NumPy {np.__version__}, PyTorch {torch.__version__}, {THREADS} threads each, "
+    print(f"NumPy {np.__version__}, PyTorch {torch.__version__}, {cores.CORES} cores, "
           f"instructions: {args.isa}; sgemm on one thread: NumPy {numpys:.0f} GFLOP/s, "
           f"PyTorch {torchs:.0f}")
     digits, diffusion = pictures.load(), demo.process()

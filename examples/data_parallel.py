@@ -23,7 +23,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from gallery import demo, digits, files, run, td
+from gallery import cores, demo, digits, files, run, td
 
 import numpy as np
 
@@ -105,13 +105,15 @@ def main(out, short):
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
 
-    def alone(threads):
+    def without_mpi(n):
         net, times = demo.network(), [time.perf_counter()]
-        for _ in td.train(net, demo.process(), data.images, data.labels, steps=steps, rng=1,
-                          batch=batch, optimizer="muon", lr=demo.LR["muon"], threads=threads):
-            times.append(time.perf_counter())
+        with cores.processes(net, n) as gradient:
+            for _ in td.train(net, demo.process(), data.images, data.labels, steps=steps,
+                              batch=batch, optimizer="muon", lr=demo.LR["muon"], rng=1,
+                              chunk=CHUNK * n, gradient=gradient):
+                times.append(time.perf_counter())
         return net.params.flat, 1000 * np.median(np.diff(times))
-    expected, _ = alone(1)
+    expected, _ = without_mpi(1)
 
     def report(what, n, *words):
         said, well = mpiexec(n, steps, path, batch, *words)
@@ -128,7 +130,7 @@ def main(out, short):
     report("2 processes, of which one fails after 11", 2, 11)
     report("4 processes go on from step 10", 4)
     path.unlink()
-    print(f"{f'td.train, {demo.CORES} threads':44}{alone(demo.CORES)[1]:8.0f}\n")
+    print(f"{f'{demo.CORES} processes of cores.py':44}{without_mpi(demo.CORES)[1]:8.0f}\n")
     scaling(out, expected.size, times[1] / 1000)
 
 
@@ -151,7 +153,7 @@ def scaling(out, parameters, compute, bandwidth=1.25e9, latency=2e-5):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
-        demo.keep_memory()
+        cores.keep_memory()
         worker(*sys.argv[2:])
     else:
         run(main)

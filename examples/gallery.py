@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import cores                                                                    # noqa: E402
 import demo                                                                     # noqa: E402
 import files                                                              # noqa: E402, F401
 import pictures                                                                 # noqa: E402
@@ -29,14 +30,17 @@ def shipped():
     return net, diffusion
 
 
-def learn(net, diffusion, images, labels=None, *, steps, said="training", **options):
+def learn(net, diffusion, images, labels=None, *, steps, said="training",
+          gradient=td.add_gradient, processes=cores.CORES, **options):
     """td.train as the demo does it, on all cores; returns net with its averaged parameters."""
-    options = dict(optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, threads=demo.THREADS,
+    options = dict(optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, chunk=16 * processes,
                    rng=1) | options
     began = time.perf_counter()
-    states = td.train(net, diffusion, images, labels, steps=steps, **options)
-    for state in demo.tqdm(states, said, steps, disable=None):
-        pass
+    with cores.processes(net, processes, gradient) as gradient:
+        states = td.train(net, diffusion, images, labels, steps=steps, gradient=gradient,
+                          **options)
+        for state in demo.tqdm(states, said, steps, disable=None):
+            pass
     print(f"{said}: {steps:,} steps, {time.perf_counter() - began:.0f} s")
     return net.with_params(state.ema.flat)
 
@@ -48,7 +52,7 @@ def run(example):
     parser.add_argument("--out", type=Path, default=demo.OUT, help="folder of the pictures")
     parser.add_argument("--short", action="store_true", help="a trial in seconds, as CI has it")
     args = parser.parse_args()
-    demo.keep_memory()
+    cores.keep_memory()
     args.out.mkdir(parents=True, exist_ok=True)
     with demo.one_sentence(Path(sys.argv[0]).name):
         example(args.out, args.short)

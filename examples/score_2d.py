@@ -100,7 +100,7 @@ def score_matching(net, diffusion, x0, t, y, eps, total, *rest):
 def learn(mixture, diffusion, steps):
     points = mixture.sample(20_000, np.random.default_rng(0))
     return gallery.learn(MLP(), diffusion, points, steps=steps, gradient=score_matching,
-                         clip=None, batch=512, chunk=512, threads=1, optimizer="adamw", lr=0.01)
+                         clip=None, batch=512, chunk=512, processes=1, optimizer="adamw", lr=0.01)
 
 
 def learned_score(net, diffusion, x, t):

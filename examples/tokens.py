@@ -1,20 +1,20 @@
-"""Sentences (latent diffusion, 2112.10752 section 3.3): "seven left of two" conditions a picture,
-by cross-attention.
+"""Sentences (latent diffusion, 2112.10752 section 3.3): "seven left of two" conditions a
+picture, by cross-attention.
 
 A class is one vector for the whole picture. A sentence is several, and each matters elsewhere:
-"seven" on the left, "two" on the right. So let every pixel ask for itself. The token of the i-th
-word is tau_i = word + place i, both learned. A pixel's feature x makes a query, each token a key
-and a value, and the pixel takes the values whose keys its query meets:
+"seven" on the left, "two" on the right. So let every pixel ask for itself. The token of the
+i-th word is tau_i = word + place i, both learned. A pixel's feature x makes a query, each token
+a key and a value, and the pixel takes the values whose keys its query meets:
 
     q = W_q x,   k_i = W_k tau_i,   v_i = W_v tau_i
     a_i = exp(q . k_i / sqrt(d)) / sum_j exp(q . k_j / sqrt(d)),     x + W_o sum_i a_i v_i
 
 The a_i, a number for every pixel and word, say where the word looks. The baseline has no
-attention: it adds the sum of W_i tau_i, one vector for the picture, to the embedding of the time.
+attention: it adds the sum of W_i tau_i, one vector for the picture, to the embedding of time.
 (Without the W_i, a sum would not know which of two digits comes first.)
 
-A tenth of the sentences is dropped in training, for guidance. A fifth of all pairs of digits never
-stand together in training, in no relation; sentences of those are counted apart.
+A tenth of the sentences is dropped in training, for guidance. A fifth of all pairs of digits
+never stand together in training, in no relation; sentences of those are counted apart.
 """
 from functools import partial
 
@@ -41,7 +41,7 @@ def canvas(a, b, r):
 
 
 def parts(x, r):
-    """a and b again."""
+    """Of pictures x (B, 28, 28, 1), where a and b stand: two of (B, 14, 14, 1)."""
     return [np.stack([one[i:i + 14, j:j + 14] for one, (i, j) in zip(x, places)])
             for places in (PLACES[r], PLACES[r ^ 1])]
 
@@ -54,8 +54,8 @@ def compose(y, digits, labels, rng):
 
 
 def judge(reader, x, y):
-    """Which pictures have both digits where the sentence wants them; which have each digit where
-    the other should be."""
+    """Which pictures have both digits where the sentence wants them; which have each digit
+    where the other should be."""
     a, b = (score.read(reader, part)[1] for part in parts(x, y // 100))
     (first, _, second), other = SENTENCES[y].T, SENTENCES[y, 0] != SENTENCES[y, 2]
     return (a == first) & (b == second), (a == second) & (b == first) & other
@@ -85,8 +85,8 @@ def cross_attention(p, x, tokens, heads=4, looks=None):
 
     def back(dy):
         dh = out_back(dy).reshape(B, H * W, heads, -1).swapaxes(1, 2)
-        da, dv = dh @ v.swapaxes(2, 3), a.swapaxes(2, 3) @ dh       # every pixel took of each v
-        dlogits = a * (da - (da * a).sum(3, keepdims=True))         # softmax, as in td.attention
+        da, dv = dh @ v.swapaxes(2, 3), a.swapaxes(2, 3) @ dh   # every pixel took of each v
+        dlogits = a * (da - (da * a).sum(3, keepdims=True))     # softmax, as in td.attention
         dq, dk = c * (dlogits @ k), c * (dlogits.swapaxes(2, 3) @ q)
         dkv = xp.stack([dk, dv]).transpose(1, 3, 0, 2, 4).reshape(kv.shape)
         dx = dy + norm_back(q_back(dq.swapaxes(1, 2).reshape(x.shape)))
@@ -163,8 +163,8 @@ def main(out, short):
     reader = score.train_classifier(score.pad_to_fours(small), data.labels, 1 if short else 5)
     y = rng.choice(np.flatnonzero(~UNSEEN), N)
     images = compose(y, small, data.labels, rng)
-    nets = {name: learn(Painter(name == "attention"), diffusion, images, y, steps=steps, said=name)
-            for name in ("sum", "attention")}
+    nets = {name: learn(Painter(name == "attention"), diffusion, images, y, steps=steps,
+                        said=name) for name in ("sum", "attention")}
 
     y = np.concatenate([np.resize(rng.permutation(np.flatnonzero(which)), n)
                         for which in (~UNSEEN, UNSEEN)])
@@ -175,19 +175,25 @@ def main(out, short):
             x = td.normal(1, (2 * n, *net.image))
             x = td.sample(td.ddim(model, diffusion, x, rng, calls, eta=0.6))
             drawn[name, w] = asnumpy(x)
-    print(f"{n} pictures each of pairs of digits         seen together         never seen together\n"
-          f"{'':24}w" + 2 * f"{'right':>14}{'exchanged':>12}")
+    print(f"{n} pictures each of pairs of digits         seen together"
+          f"         never seen together\n{'':24}w" + 2 * f"{'right':>14}{'exchanged':>12}")
     for (name, w), x in drawn.items():
         right, exchanged = (np.split(found, 2) for found in judge(reader, x, y))
         print(f"{name:20}{w:5}" + "".join(f"{a.mean():14.1%}{b.mean():12.1%}"
                                          for a, b in zip(right, exchanged)))
     print(f"(a share of 50 % of {n} has a standard error of {(0.25 / n) ** 0.5:.1%})")
-    some = np.r_[:4, n:n + 4]
-    x, y = drawn["attention", 2][some], y[some]
-    a = asnumpy(gaze(nets["attention"], diffusion, xp.asarray(x), y))
-    looks = (2 * a / a.max((1, 2, 3), keepdims=True) - 1).transpose(3, 0, 1, 2)[..., None]
-    files.sheet(out / "tokens.png", np.stack([drawn["sum", 2][some], x, *looks]),
-                ["\n".join(WORDS[i] for i in SENTENCES[k]) for k in y],
+    x, r = drawn["attention", 2], y // 100
+    looks = asnumpy(gaze(nets["attention"], diffusion, xp.asarray(x), y))
+    first, second = parts(looks[..., :1] / (looks[..., :1] + looks[..., 2:]), r)
+    print(f"where a digit stands, of the weight on both digits' words "
+          f"{(first.mean() + 1 - second.mean()) / 2:.1%} is on its own ({len(y)} pictures)")
+    some = [np.argmax((UNSEEN[y] == unseen) & (r == k)) for unseen in (0, 1) for k in range(4)]
+    colours = np.array([(1, 0.5, 0.1), (0.4, 0.9, 0.4), (0.2, 0.6, 1)])     # of the words
+    rows = [drawn["sum", 2][some].repeat(3, 3), x[some].repeat(3, 3),
+            *(np.maximum(x[some], 2 * looks[some, ..., i, None] / looks.max() * colour - 1)
+              for i, colour in enumerate(colours))]
+    files.sheet(out / "tokens.png", np.stack(rows),
+                ["\n".join(WORDS[i] for i in SENTENCES[k]) for k in y[some]],
                 ["sum", "attention", "first word", "relation", "second word"])
 
 

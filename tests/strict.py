@@ -14,9 +14,10 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 # All that tinyddpm asks for, with the keywords; tests/test_backend.py looks it up in the
 # installed CuPy.
-FUNCTIONS = dict.fromkeys("""abs arange array array_split asarray broadcast_to clip concatenate
-    cos empty empty_like exp full maximum ones pad sign sin sqrt stack tanh tile where zeros
-    zeros_like""".split(), ()) | {"matmul": ["out"], "quantile": ["axis"], "split": ["axis"]}
+FUNCTIONS = dict.fromkeys("""abs arange array asarray broadcast_to clip concatenate cos
+    empty empty_like exp full maximum ones pad sign sin sqrt stack tanh tile where zeros
+    zeros_like""".split(), ()) | {
+        "eye": ["dtype"], "matmul": ["out"], "quantile": ["axis"], "split": ["axis"]}
 METHODS = dict.fromkeys("copy mean min ravel repeat reshape swapaxes transpose".split(), ()) | {
     "astype": ["copy"], "max": ["keepdims"], "std": ["keepdims"], "sum": ["keepdims"]}
 ATTRIBUTES = "T dtype ndim shape size strides".split()

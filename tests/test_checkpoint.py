@@ -103,14 +103,13 @@ def test_half_precision_weights_are_widened(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_resuming_is_the_uninterrupted_run(threads, optimizer, tmp_path):
+def test_resuming_is_the_uninterrupted_run(optimizer, tmp_path):
     """To the bit, with dropout too. A State knows its optimiser. At the end nothing is left."""
     whole, part, path = td.UNet(**CONFIG), td.UNet(**CONFIG), tmp_path / "a"
-    expected = after(whole, 6, threads=threads, optimizer=optimizer)
-    td.save(path, part, DIFFUSION, after(part, 3, threads=threads, optimizer=optimizer))
+    expected = after(whole, 6, optimizer=optimizer)
+    td.save(path, part, DIFFUSION, after(part, 3, optimizer=optimizer))
     part, diffusion, state, _ = td.load(path)
-    td.save(path, part, diffusion, after(part, 3, threads=threads, state=state))
+    td.save(path, part, diffusion, after(part, 3, state=state))
     assert contents(*td.load(path)) == contents(whole, DIFFUSION, expected, {})
     part, _, state, _ = td.load(path)
     assert [*run(part, state)] == []

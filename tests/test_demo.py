@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cores
 import demo
 import files
 import pictures
@@ -95,9 +96,10 @@ def test_training_is_tinyddpms(trained, data):
     net, diffusion, state, notes = td.load(trained / "model.npz")
     fresh = td.UNet((SIZE, SIZE, 1), (8, 8, 8), 3, blocks=(1, 1, 2), attention=(2,), heads=1)
     digits = pictures.load(data)
-    losses = [state.loss for state in td.train(
-        fresh, td.Diffusion(td.cosine_betas(T), "v"), digits.images, digits.labels, steps=6,
-        batch=4, lr=0.3, optimizer="muon", ema=0.995, rng=1, threads=demo.THREADS)]
+    with cores.processes(fresh) as gradient:
+        losses = [state.loss for state in td.train(
+            fresh, td.Diffusion(td.cosine_betas(T), "v"), digits.images, digits.labels, steps=6,
+            batch=4, lr=0.3, optimizer="muon", ema=0.995, rng=1, gradient=gradient)]
     assert notes["losses"] == losses and state.step == 6 and diffusion.predicts == "v"
     assert np.array_equal(net.params.flat, fresh.params.flat)
     assert notes["names"] == NAMES and notes["data"] == digits.crc()
@@ -114,19 +116,6 @@ def test_drawing_is_tinyddpms(trained):
     x = td.normal(rng, (3, *net.image))
     x = td.sample(td.ddim(model, diffusion, x, rng, steps=5, eta=0.6))
     close(demo.draw(found, diffusion, labels, 7, steps=5), x, 1e-4)
-
-
-@pytest.mark.parametrize("threads, n", [(1, 2), (1, 5), (3, 2), (3, 5), (3, 13)])
-def test_a_model_in_parts_is_the_model(threads, n):
-    """Whatever the batch: parts of at most 4 images, as many for each thread."""
-    net, sizes = td.UNet((4, 4, 1), (8,), classes=2), []
-    x, t, y = td.normal(0, (n, 4, 4, 1)), np.arange(1, n + 1), np.arange(n) % 2
-
-    def model(x, t, y):
-        sizes.append(len(x))
-        return net(x, t, y)
-    close(demo.parallel(model, threads, 4)(x, t, y), net(x, t, y), 1e-5)
-    assert max(sizes) <= 4 and (len(sizes) % threads == 0 or len(sizes) == n)
 
 
 # ----------------------------------------------------------------------------------- training

@@ -244,18 +244,17 @@ def test_ema_warms_up(decay, steps):
 
 # --------------------------------------------------------------------------------- the loop
 
-@pytest.mark.parametrize("threads, chunk, accumulate", [
-    (1, 100, 1), (1, 5, 1), (2, 8, 1), (5, 1, 3), (3, 2, 6)])
-def test_a_step_is_algorithm_1_however_cut(threads, chunk, accumulate, monkeypatch):
-    """Over threads, of which some may be left without work, chunks, and batches added up."""
+@pytest.mark.parametrize("chunk, accumulate", [(100, 1), (5, 1), (1, 3), (2, 6)])
+def test_a_step_is_algorithm_1_however_cut(chunk, accumulate, monkeypatch):
+    """In chunks, and over batches added up."""
     net, other = small(), small()
     drawn = td.draw_batch(DIFFUSION, X, Y, 3, np.random.default_rng(0), 12, 0.5)
     loss = td.add_gradient(other, DIFFUSION, *drawn, drawn[0].size, "huber", "snr")
     parts = iter(zip(*(np.split(a, accumulate) for a in drawn)))
     monkeypatch.setattr(td, "draw_batch", lambda *args: next(parts))
     state = trained(net, Y, steps=1, batch=12 // accumulate, accumulate=accumulate,
-                    threads=threads, chunk=chunk, loss="huber", weighting="snr",
-                    momentum=(0, 0.99), max_norm=math.inf)
+                    chunk=chunk, loss="huber", weighting="snr", momentum=(0, 0.99),
+                    max_norm=math.inf)
     close(state.loss, loss)
     close(state.optimizer.m, other.grads.flat)
 
@@ -289,23 +288,21 @@ def test_data_may_have_bounds_of_its_own():
     refused("(-3, 4)", td.train, small(), DIFFUSION, images, Y, steps=1, clip=(-3, 4))
 
 
-def test_threads_draw_the_same():
+def test_chunks_draw_the_same():
     """To rounding it is the same training. And a copy of a network learns as it does."""
     net = small()
     other = copy.deepcopy(net)
-    states = [trained(net, Y, batch=11, threads=1), trained(other, Y, batch=11, threads=3)]
+    states = [trained(net, Y, batch=11), trained(other, Y, batch=11, chunk=3)]
     close(net.params.flat, other.params.flat, 1e-8)
     assert states[0].rng.bit_generator.state == states[1].rng.bit_generator.state
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_dropout_is_drawn_anew(threads):
-    """At every step, for every batch, in every thread and chunk; from one seed always alike,
-    though threads may end in any order."""
+def test_dropout_is_drawn_anew():
+    """At every step, for every batch, in every chunk; from one seed always alike."""
     def drawn(rng):
         stub = Stub()
-        trained(stub, steps=10, batch=6, accumulate=2, chunk=1, threads=threads, rng=rng)
-        return sorted(stub.drawn)
+        trained(stub, steps=10, batch=6, accumulate=2, chunk=1, rng=rng)
+        return stub.drawn
     once = drawn(0)
     assert len(set(once)) == len(once) == 120
     assert once == drawn(0) and not set(once) & set(drawn(1))

@@ -1,0 +1,107 @@
+"""All cores of a CPU, each with a part of every batch: threads to draw, processes to train.
+
+NumPy lets other threads go on while it computes, but Python between its calls does not, and a
+training step is thousands of short calls: two threads wait for each other for a tenth to a
+fifth of the time. Processes do not, but need half a second to start.
+"""
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+# Before NumPy starts: one thread to a product, because we cut the batch instead.
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+             "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import numpy as np                                                              # noqa: E402
+
+import tinyddpm as td                                                           # noqa: E402
+from tinyddpm import xp                                                         # noqa: E402
+
+ON_GPU = xp is not np       # which one process keeps busy
+CORES = (1 if ON_GPU else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+         else os.cpu_count())
+
+
+def parallel(model, threads=CORES, chunk=500 if ON_GPU else 32):
+    """The same model, its batch cut into equal parts of at most chunk images, as many for each
+    thread."""
+    pool = ThreadPoolExecutor(threads)
+
+    def model_in_parts(*arrays):
+        n = len(arrays[0])
+        parts = min(n, threads * -(-n // (threads * chunk)))
+        cuts = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+        return xp.concatenate([*pool.map(lambda cut: model(*(a[cut] for a in arrays)), cuts)])
+    return model_in_parts
+
+
+@contextlib.contextmanager
+def processes(net, n=CORES, gradient=td.add_gradient):
+    """For td.train: the same gradient over n processes, this one and others that end with the
+    `with` block. The parameters, and each other's gradient, are in memory that all share. They
+    get net, and gradient, a function of a module, by pickle."""
+    if n == 1:
+        yield gradient
+        return
+    context, flat = multiprocessing.get_context("spawn"), net.params.flat
+    shared = context.RawArray(flat.dtype.char, n * flat.size)
+    params, *others = np.frombuffer(shared, flat.dtype).reshape(n, -1)
+    pipes, ends = zip(*(context.Pipe() for _ in others))
+    team = [context.Process(target=serve, args=(end, net, shared, i, gradient), daemon=True)
+            for i, end in enumerate(ends, 1)]
+    for process, end in zip(team, ends):
+        process.start()
+        end.close()         # the process has it: if that ends, ours breaks
+
+    def in_parts(net, diffusion, x0, t, y, eps, total, loss, weighting, rng, clip):
+        params[:] = net.params.flat
+        few = min(n, len(x0))
+        own, *parts = [(diffusion, *part, total, loss, weighting, part_rng, clip)
+                       for *part, part_rng in zip(*(np.array_split(a, few)
+                                                    for a in (x0, t, y, eps)), rng.spawn(few))]
+        try:
+            for pipe, part in zip(pipes, parts):
+                pipe.send(part)
+            value = gradient(net, *own)
+            for pipe, grads, _ in zip(pipes, others, parts):
+                value += pipe.recv()
+                net.grads.flat += grads
+        except (EOFError, ConnectionError) as error:
+            raise ChildProcessError("a process with a part of the batch has ended") from error
+        return value
+
+    try:
+        yield in_parts
+    finally:
+        for pipe, process in zip(pipes, team):
+            pipe.close()
+            process.join()
+
+
+def serve(pipe, net, shared, i, gradient):
+    """What the i-th of the other processes does, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the first to heed
+    keep_memory()
+    params = net.params
+    rows = np.frombuffer(shared, params.flat.dtype).reshape(-1, params.flat.size)
+    net = net.with_params(td.Params(params.layout, rows[0], rows[i]))
+    with contextlib.suppress(EOFError):
+        while True:
+            part = pipe.recv()
+            net.grads.flat = 0
+            pipe.send(gradient(net, *part))
+
+
+def keep_memory():
+    """Ask glibc to keep what NumPy frees, instead of giving it back to the kernel after every
+    step and getting it anew, page by page."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):      # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, at its highest
+            libc.mallopt(-1, 1 << 30)       # M_TRIM_THRESHOLD
