@@ -1,26 +1,23 @@
 """Autoguidance (2406.02507): guided by what the network itself was, earlier in its training.
 
-Classifier-free guidance pushes an answer away from that of a network that was not told the class.
-Its pictures are better, and more alike: two effects in one. Karras et al. ask for the first
-alone, and push away from a worse network of the same task (eqs. 3, 4):
+Classifier-free guidance pushes an answer away from that of a network that was not told the
+class. Its pictures are better, and more alike: two effects in one. Karras et al. ask for the
+first alone, and push away from a worse network of the same task (eqs. 3, 4):
 
     out = good(x, t, y) + (w - 1) (good(x, t, y) - bad(x, t, y))
 
-Both make the same kinds of errors, the bad one larger ones, so the way from bad to good leads on
-to better. As densities: p_good is multiplied by (p_good / p_bad)^(w-1), which is small where the
-bad network spreads too far. Here it is the shipped network's own past, the same training stopped
-early. The two guidances can be added:
+Both make the same kinds of errors, the bad one larger ones, so the way from bad to good leads
+on to better. As densities: p_good is multiplied by (p_good / p_bad)^(w-1), which is small where
+the bad network spreads too far. Here it is the shipped network's own past, the same training
+stopped early. The two guidances can be added:
 
     out = cond + (w - 1) (cond - uncond) + (w_bad - 1) (cond - bad)
 
 A guided step then takes two calls of a network, or three. Compared is what as many calls give:
 who guides has fewer steps to go.
 """
-from gallery import Score, demo, digits, run, shipped, td       # first: it finds the others
-
-import files
+from gallery import Score, asnumpy, demo, digits, files, run, shipped, td
 import numpy as np
-from tinyddpm import asnumpy
 
 LAST = 800              # guided is, as in the demo, t = 1..LAST
 METHODS = {             # w, w_bad, steps

@@ -15,17 +15,13 @@ Classifier-free guidance (CFG, 2207.12598) needs no classifier, but a network th
 """
 from functools import partial
 
-import gallery      # first: it says where the others are
-import demo
-import files
+from gallery import Score, asnumpy, demo, digits, files, learn, run, shipped, td, xp
 import numpy as np
-import tinyddpm as td
-from tinyddpm import asnumpy, xp
 
 
 class Classifier:
     """Logits of the classes of x_t: a U-Net's way down, but for the skips. It has the names of
-    td.UNet that td.train uses, and can be trained by it."""
+    td.UNet that td.train uses."""
 
     def __init__(self, image=(28, 28, 1), classes=10, channels=(16, 32, 64)):
         H, W, C = self.image = self.input = image
@@ -107,9 +103,9 @@ def spread(x, y):
 
 
 def main(out, short):
-    data, (net, diffusion) = gallery.digits(), gallery.shipped()
-    classifier = gallery.learn(Classifier(), diffusion, data.images, data.labels, label_drop=0,
-                               gradient=add_gradient, steps=20 if short else 1200)
+    data, (net, diffusion) = digits(), shipped()
+    classifier = learn(Classifier(), diffusion, data.images, data.labels, label_drop=0,
+                       gradient=add_gradient, steps=20 if short else 1200)
     logits = demo.parallel(lambda x, t: classifier.forward(x, t)[0])
 
     def right(x, t, y):
@@ -129,7 +125,7 @@ def main(out, short):
     for w in (0.8, 1, 1.6):
         models[f"CFG, w = {w}"] = lambda x, t, y, w=w: td.guided(net, y, net.null, w)(x, t)
     models["labels and classifier, w = 2"] = guided(net, diffusion, classifier, 2)
-    y, score = np.arange(10 if short else 500) % 10, gallery.Score(data, out)
+    y, score = np.arange(10 if short else 500) % 10, Score(data, out)
     noise, labels = td.normal(1, (len(y), *net.image)), xp.asarray(y)
     page, table, real = [], [], spread(data.test_images, data.test_labels)
     print(f"{len(y):,} digits, asked for by      read right   by the guide   distance   spread")
@@ -144,11 +140,11 @@ def main(out, short):
         page.append(x[:10])
         table.append((accuracy, distance, wide))
     # CFG as accurate as the strongest classifier is between two rows; w = 0 belongs to both.
-    accuracy, known = table[3][0], np.array([table[i] for i in (0, 4, 5, 6)]).T
-    distance, wide = (np.interp(accuracy, known[0], known[i]) for i in (1, 2))
+    accuracy, CFG = table[3][0], np.array([table[0], *table[4:7]]).T
+    distance, wide = (np.interp(accuracy, CFG[0], row) for row in CFG[1:])
     print(f"{'CFG, of equal accuracy':28}{accuracy:7.1%}{distance:30.1f}{wide:9.0%}")
     files.sheet(out / "classifier_guidance.png", np.stack(page), data.names, [*models])
 
 
 if __name__ == "__main__":
-    gallery.run(main)
+    run(main)

@@ -15,7 +15,6 @@ number of processes, a checkpoint of four goes on with two.
 
 docs/CLUSTER.md tells how to run it on a cluster, and where more machines stop paying.
 """
-import contextlib
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 from gallery import cores, demo, digits, files, run, td
-
 import numpy as np
 
 SAVE, CHUNK = 10, 16        # steps from checkpoint to checkpoint; images at a time
@@ -63,8 +61,8 @@ def train(comm, images, labels, steps, path, batch=64, fails=None):
         net, diffusion, state = demo.network(), demo.process(), None
     times = [time.perf_counter()]
     for state in td.train(net, diffusion, images, labels, steps=steps, batch=batch, chunk=batch,
-                          ema=demo.EMA, optimizer="muon", lr=demo.LR["muon"], rng=1, state=state,
-                          gradient=partial(all_reduced, comm)):
+                          optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, rng=1,
+                          state=state, gradient=partial(all_reduced, comm)):
         times.append(time.perf_counter())
         if comm.rank == 0 and (state.step % SAVE == 0 or state.step == steps):
             td.save(path, net, diffusion, state)
@@ -102,8 +100,7 @@ def main(out, short):
     path = out / "data_parallel.npz"
     if not shutil.which("mpiexec"):
         raise FileNotFoundError("there is no mpiexec here: pip install mpi4py mpich")
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    path.unlink(missing_ok=True)
 
     def without_mpi(n):
         net, times = demo.network(), [time.perf_counter()]
@@ -138,7 +135,7 @@ def scaling(out, parameters, compute, bandwidth=1.25e9, latency=2e-5):
     """Counted, but for the step's `compute` seconds: 64 digits on each of n machines, 10 Gbit/s
     between them and 20 microseconds a message. In a ring, an all-reduce is 2 (n - 1) messages
     of 1/n of the gradient."""
-    print("Counted: machines of 64 digits each    bytes sent by each   all-reduce   of the step")
+    print("Counted: machines of 64 digits each  bytes sent by each   all-reduce  of the step")
     machines = 2 ** np.arange(11)
     sent = 2 * (machines - 1) / machines * 4 * parameters
     waiting = sent / bandwidth + 2 * (machines - 1) * latency

@@ -1,8 +1,8 @@
 """Progressive distillation (2202.00512): the network learns to take two of its steps in one.
 
 DDIM without noise goes a fixed way from x_t, so where two steps of a teacher end, from t by way
-of m to s, can be taught to a student. Which x0 does it have to answer at x_t, for one step of its
-own to end there? Let r = sqrt(SNR). A step of DDIM leaves eps as it is, and eps is
+of m to s, can be taught to a student. Which x0 does it have to answer at x_t, for one step of
+its own to end there? Let r = sqrt(SNR). A step of DDIM leaves eps as it is, and eps is
 x_t / noise_t - r_t x0. So with the teacher's two guesses, x0_t and x0_m,
 
     x_s / noise_s = x_t / noise_t + (r_m - r_t) x0_t + (r_s - r_m) x0_m
@@ -18,14 +18,11 @@ one picture, where x_T leads. That is why a single step can do.
 The first teacher is guided, w fixed to 1.6 as the demo draws (2210.03142 learns all w at once).
 So guidance is in the students: a step of theirs is one call of the network, the teacher's two.
 """
-from gallery import Score, demo, digits, learn, run, shipped, td        # first: it finds others
-
 import copy
 from functools import partial
 
-import files
+from gallery import Score, asnumpy, demo, digits, files, learn, run, shipped, td, xp
 import numpy as np
-from tinyddpm import asnumpy, xp
 
 W, INTERVAL = demo.DRAWING["guidance"], (1, 800)    # guided is, as in the demo, t = 1..800
 ROUNDS = {8: 80, 4: 100, 2: 150, 1: 200}            # a student's steps: updates to train it
@@ -80,7 +77,8 @@ def main(out, short):
         drawn["DPM-Solver++", steps] = draw(net, td.dpm_solver, steps, W)
         drawn["distilled", steps] = draw(student, td.ddim, steps)
 
-    print(f"{len(labels):,} digits       steps   calls   read right   Frechet   off DDIM 16's by")
+    print(f"{len(labels):,} digits       steps   calls   read right   Frechet   "
+          "off DDIM 16's by")
     for (name, steps), x in drawn.items():
         accuracy, distance = score(x, labels)
         off = 127.5 * ((x - drawn["DDIM", 16]) ** 2).mean() ** 0.5      # grey levels

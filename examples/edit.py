@@ -1,25 +1,28 @@
 """SDEdit (2108.01073): a scribble, or another digit, made into a digit.
 
 Noise hides small things first. So noise the picture to a step t, at which what is wrong with
-it is hidden and its gist is not, and denoise from there as if it were a digit's x_t (Algorithm
-1):
+it is hidden and its gist is not, and denoise from there as if it were a digit's x_t:
 
     x_t = sqrt(abar_t) picture + sqrt(1 - abar_t) eps,    then t, ..., 0 by any sampler
 
-The strength t / T trades likeness for realism. Sampling starts at t itself: code that goes on
-one step below leaves the noise of a step in the picture (docs/ERRATA.md, row 22).
+(This is the paper's algorithm for VP-SDEs, in its appendix; its Algorithm 1, for VE-SDEs, adds
+noise and leaves the picture's scale.) The strength t / T trades likeness for realism. Sampling
+starts at t itself: code that goes on one step below leaves the noise of a step in the picture
+(docs/ERRATA.md, row 22).
 """
 from gallery import Score, asnumpy, demo, digits, files, run, shipped, td, xp
-
 import numpy as np
 from PIL import Image, ImageDraw
 
 STRENGTHS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TURNED = {1: 7, 3: 8, 4: 9, 5: 6, 7: 9, 9: 4}       # what digit a digit is to become
 SCRIBBLES = {       # by hand: lines through these points of 28 x 28
-    0: [(14, 5), (8, 14), (14, 23), (20, 14), (14, 5)], 2: [(8, 8), (18, 6), (8, 22), (20, 22)],
-    3: [(8, 5), (19, 8), (11, 13), (19, 18), (8, 23)], 4: [(19, 23), (18, 5), (7, 16), (21, 16)],
-    5: [(19, 5), (9, 5), (9, 13), (19, 17), (9, 23)], 7: [(7, 6), (20, 6), (12, 23)]}
+    0: [(14, 5), (8, 14), (14, 23), (20, 14), (14, 5)],
+    2: [(8, 8), (18, 6), (8, 22), (20, 22)],
+    3: [(8, 5), (19, 8), (11, 13), (19, 18), (8, 23)],
+    4: [(19, 23), (18, 5), (7, 16), (21, 16)],
+    5: [(19, 5), (9, 5), (9, 13), (19, 17), (9, 23)],
+    7: [(7, 6), (20, 6), (12, 23)]}
 
 
 def scribble(points):

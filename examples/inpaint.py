@@ -8,9 +8,9 @@ noised as q(x_s | x0) wants it at s, the step gone to:
             unknown:  a step of DDPM from x_t
 
 At s = 0 the known pixels are exact. But their noise at s is drawn without a look at the
-unknown pixels: the two go together only roughly. So resample (RePaint
-section 4.2, Algorithm 1): add the noise of the step from s to t again and repeat the step, so
-that both parts meet in the network once more,
+unknown pixels: the two go together only roughly. So resample (section 4.2, Algorithm 1): add
+the noise of the step from s to t again and repeat the step, so that both parts meet in the
+network once more,
 
     x_t  =  sqrt(abar_t/abar_s) x_s + sqrt(1 - abar_t/abar_s) eps
 
@@ -30,8 +30,9 @@ def fill(model, diffusion, x0, known, rng, steps, times, clip=(-1, 1)):
     rng = np.random.default_rng(rng)            # one for all: a seed would begin anew each time
     x = td.normal(rng, x0.shape, x0.dtype)
     for t, s in pairwise([*td.timesteps(diffusion.T, steps), 0]):
+        step = [t, s] if s else [t]         # from the last of its steps a sampler goes to 0
         for left in reversed(range(times)):
-            _, x = next(td.ddpm(model, diffusion, x, rng, steps=[t, s][:1 + (s > 0)], clip=clip))
+            _, x = next(td.ddpm(model, diffusion, x, rng, steps=step, clip=clip))
             eps = td.normal(rng, x0.shape, x0.dtype)
             x = xp.where(known, diffusion.q_sample(x0, s, eps) if s else x0, x)
             if left:

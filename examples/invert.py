@@ -7,9 +7,10 @@ x_0 by Euler's method, and an equation can be followed the other way, too:
     x_t = sqrt(abar_t) x0(x_s, s) + sqrt(1 - abar_t) eps(x_s, s),      s < t
 
 Sampling from the x_T that this ends at gives the picture again, but for the error of Euler's
-method and for what the first step's noise hides, which fall as steps become shorter; with guidance the equation is steeper, and the
-error larger. The way up begins at the first step, with its noise in the picture: black that is
-exactly black tells nothing of eps, and would go up as black, not as noise.
+method and for what the first step's noise hides, which fall as steps become shorter; with
+guidance the equation is steeper, and the error larger. The way up begins at the first step,
+with its noise in the picture: black that is exactly black tells nothing of eps, and would go
+up as black, not as noise.
 
 Two such x_T can be mixed into a third. Their sum, halved, is shorter than noise ever is: in
 many dimensions |x_T| is always about its mean, sqrt(dimensions). So go from one to the other
@@ -17,10 +18,9 @@ along the sphere (Shoemake's slerp), with theta the angle between a and b:
 
     slerp(a, b, u) = (sin((1 - u) theta) a + sin(u theta) b) / sin(theta)
 """
-from gallery import Score, asnumpy, demo, digits, files, run, shipped, td, xp
-
 from itertools import pairwise
 
+from gallery import Score, asnumpy, demo, digits, files, run, shipped, td, xp
 import numpy as np
 
 WEIGHTS = (1, 1.6, 3)
@@ -77,20 +77,20 @@ def main(out, short):
     za, zb = (invert(model, diffusion, x, steps, rng) for rng, x in enumerate((a, b)))
     print(f"\nHalf way between {n} pairs of digits     |x_T| / sqrt(784)   Frechet distance")
     mixes = {"linear": lerp(za, zb, 0.5), "spherical": slerp(za, zb, 0.5),
-             "one end of each": za, "noise, for comparison": td.normal(2, za.shape)}
+             "no mixing: one of each pair": za, "fresh noise": td.normal(2, za.shape)}
     for name, z in mixes.items():
         x = asnumpy(td.sample(td.ddim(model, diffusion, z, steps=steps)))
         size = float((z * z).mean() ** 0.5)
         print(f"{name:32}{size:20.2f}{score(x, np.zeros(n, int))[1]:19.2f}")
     blend = score(asnumpy(lerp(a, b, 0.5)), np.zeros(n, int))[1]
-    print(f"{'of the pictures, linear':52}{blend:19.2f}")
+    print(f"{'the pictures mixed, linear':52}{blend:19.2f}")
 
-    rows = []
+    rows, way = [], np.linspace(0, 1, 9)
     for i in range(3):
         for mix in (lerp, slerp):
-            z = xp.concatenate([mix(za[i:i + 1], zb[i:i + 1], u) for u in np.linspace(0, 1, 9)])
+            z = xp.concatenate([mix(za[i:i + 1], zb[i:i + 1], u) for u in way])
             rows.append(asnumpy(td.sample(td.ddim(model, diffusion, z, steps=steps))))
-    files.sheet(out / "invert.png", np.stack(rows), [f"{u:.2f}" for u in np.linspace(0, 1, 9)],
+    files.sheet(out / "invert.png", np.stack(rows), [f"{u:.2f}" for u in way],
                 ["linear", "spherical"] * 3)
 
 

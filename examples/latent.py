@@ -11,8 +11,8 @@ large z: KL(N(z, sigma^2) || N(0, 1)) is |z|^2 / 2 and a constant, so this is LD
 for a fixed sigma. Then train diffusion on the z, brought to the mean 0 and deviation 1 of the
 noise that it will meet (section 4.3.2, appendix G), and decode what it draws.
 
-Both ways get the same training time, the autoencoder's included. It is the processor's time, of
-all threads together, so that a busy machine does not decide.
+Both ways get as many steps as fit one time, the autoencoder's included, on a quiet machine; the
+table says what it was.
 """
 import time
 from functools import partial
@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 SIGMA, LAMBDA = 0.2, 1e-3
+STEPS = {1: (400, 500, 350), 2: (400, 300, 300)}     # of autoencoder, latents, pixels, by side
 
 
 class Autoencoder:
@@ -107,60 +108,53 @@ def coder(auto, x):
 
 
 def compare(data, score, side, steps, count):
-    """Train both ways, draw `count` digits by each, print a table; all pictures, by name."""
-    rng, diffusion, rows = np.random.default_rng(0), demo.process(), {}
+    """Train both ways, draw `count` digits by each, print a table; some of each, by name."""
+    rng, diffusion = np.random.default_rng(0), demo.process()
     x, y = canvases(data.images, data.labels, side, rng)
     real, first = canvases(data.test_images, data.test_labels, side, rng)
     real, first = xp.asarray(real[:count // side ** 2]), first[:count // side ** 2]
     image, batch = x.shape[1:], 64 // side ** 2         # as many pixels to a step
+    times = [time.perf_counter()]
 
-    def timed(function):
-        began = time.process_time()
-        return function(), time.process_time() - began
+    auto = learn(Autoencoder(image), diffusion, x, steps=steps[0], batch=batch, lr=2e-3,
+                 optimizer="adamw", gradient=add_gradient, said="autoencoder")
+    encode, decode = coder(auto, xp.asarray(x[:1000]))
+    z = encode(xp.asarray(x))
+    bounds = float(z.min()), float(z.max())
+    of_latents = learn(demo.network(auto.latent, [64] if side == 1 else [32, 64]), diffusion, z,
+                       y, steps=steps[1], clip=bounds, said="latent diffusion")
+    times.append(time.perf_counter())
+    of_pixels = learn(demo.network(image), diffusion, x, y, steps=steps[2], batch=batch,
+                      said="pixel diffusion")
+    times.append(time.perf_counter())
 
     def draw(net, **bounds):
         return td.sample(demo.frames(net, diffusion, first, 0, "ddim", 1.6, steps=20, eta=0.6,
                                      **bounds))
-
-    def train_latent():
-        auto = learn(Autoencoder(image), diffusion, x, steps=steps[0], batch=batch, lr=2e-3,
-                     optimizer="adamw", gradient=add_gradient, said="autoencoder")
-        encode, decode = coder(auto, xp.asarray(x[:1000]))
-        z = encode(xp.asarray(x))
-        bounds = float(z.min()), float(z.max())
-        net = demo.network(auto.latent, [64] if side == 1 else [32, 64])
-        net = learn(net, diffusion, z, y, steps=steps[1], clip=bounds, said="latent diffusion")
-        return encode, decode, lambda: decode(draw(net, clip=bounds))
-
-    def train_pixels(steps, said):
-        net = learn(demo.network(image), diffusion, x, y, steps=steps, batch=batch, said=said)
-        return lambda: draw(net)
-
-    (encode, decode, draw_latent), seconds = timed(train_latent)
-    trial = timed(lambda: train_pixels(6, "trial of pixel diffusion"))[1] / 6
-    draw_pixels, as_long = timed(
-        lambda: train_pixels(max(1, round(seconds / trial)), "pixel diffusion"))
+    ways = {"test digits": lambda: real, "through E and D": lambda: decode(encode(real)),
+            "latent diffusion": lambda: decode(draw(of_latents, clip=bounds)),
+            "pixel diffusion": lambda: draw(of_pixels)}
+    trained, rows = dict(zip([*ways][2:], np.diff(times))), {}
     print(f"{'x'.join(map(str, image[:2])):20}trained for   ms to draw one   read as asked   "
           "Frechet distance")
-    for name, trained, make in (("test digits", 0, lambda: real),
-                                ("through E and D", 0, lambda: decode(encode(real))),
-                                ("latent diffusion", seconds, draw_latent),
-                                ("pixel diffusion", as_long, draw_pixels)):
-        drawn, spent = timed(make)
-        rows[name] = asnumpy(drawn)
-        accuracy, distance = score(*cut(rows[name], first))
-        cost = f"{trained:9.0f} s{1000 * spent / len(real):18.0f}" if trained else " " * 29
+    for name, make in ways.items():
+        began = time.perf_counter()
+        x = make()
+        ms = 1000 * (time.perf_counter() - began) / len(x)
+        accuracy, distance = score(*cut(asnumpy(x), first))
+        cost = f"{trained[name]:9.0f} s{ms:18.0f}" if name in trained else " " * 29
         print(f"{name:20}{cost}{accuracy:16.1%}{distance:19.1f}")
+        rows[name] = asnumpy(x)[[np.argmax(first == k) for k in range(10)]]
     error = (0.09 / count) ** 0.5
     print(f"({count} digits; a share of 90 % of them has a standard error of {error:.1%})")
-    return {name: x[[np.argmax(first == k) for k in range(10)]] for name, x in rows.items()}
+    return rows
 
 
 def main(out, short):
     data = digits()
     score, figure = Score(data, out), Figure((11, 7.5), layout="constrained")
-    for ax, side, steps in zip(figure.subplots(2), (1, 2), ((400, 500), (400, 300))):
-        rows = compare(data, score, side, (5, 5) if short else steps, 40 if short else 400)
+    for ax, (side, steps) in zip(figure.subplots(2), STEPS.items()):
+        rows = compare(data, score, side, (5, 5, 5) if short else steps, 40 if short else 400)
         files.show(ax, np.stack([*rows.values()]), names=[*rows])
     files.keep(figure, out / "latent.png")
 

@@ -1,8 +1,9 @@
 """Learned variance (iDDPM, 2102.09672): the network says how far off each step back may be.
 
 In the step from x_t to x_s the mean is off by a multiple of what the guess of x0 is. So the
-variance is at least the posterior's, beta~, right where x0 is known; and on average, for data of
-unit variance or less, at most beta, right where data are noise themselves. DDPM takes one of the two; iDDPM asks the network for f, pixel by pixel (eq. 15):
+variance is at least the posterior's, beta~, right where x0 is known; and on average, for data
+of unit variance or less, at most beta, right where data are noise themselves. DDPM takes one of
+the two; iDDPM asks the network for f, pixel by pixel (eq. 15):
 
     log var = f log beta + (1 - f) log beta~
     beta = 1 - abar_t / abar_s,    beta~ = beta (1 - abar_s) / (1 - abar_t)
@@ -17,13 +18,13 @@ steps (section 4): in a jump to an s far below t, beta~ is far below beta. There
 
     var = beta~ + (beta - beta~) g,    g = Var(x0 | x_t) / (1 - abar_t)
 
-is best (2201.06503); g is the same for every s, and f is not. iDDPM trains f with s = t-1, and
-uses it for any s; "carried over" below keeps g instead, to see what that is worth.
+is best (2201.06503). g, the mean of error^2 / noise^2 of the best guess, is the same for every
+s, and f is not. iDDPM trains f with s = t-1, and uses it for any s; "carried over" below keeps
+g instead, to see what that is worth.
 """
 from itertools import pairwise
 
 from gallery import asnumpy, demo, digits, files, learn, run, td, xp
-
 import numpy as np
 
 LAMBDA = 0.001
@@ -64,9 +65,9 @@ def decoder_terms(x0, mean, log_var):
 
 
 def answers(diffusion, out, xt, t):
-    """What the network says: v, the x0 that it means, and f, 1/2 where the network says 0."""
-    v, r = xp.split(out, 2, axis=3)
-    return v, diffusion.to_x0(xt, t, v, clip=(-1, 1)), (r + 1) / 2
+    """What the network's two channels, v and 2 f - 1, mean: v, the guess of x0 by it, and f."""
+    v, second = xp.split(out, 2, axis=3)
+    return v, diffusion.to_x0(xt, t, v, clip=(-1, 1)), (second + 1) / 2
 
 
 def add_gradient(net, diffusion, x0, t, y, eps, total, *_):
@@ -124,16 +125,18 @@ def main(out, short):
     for name in table[0]:
         print(f"{name:22}", *("{:8.3f} +- {:.3f}".format(*bits[name]) for bits in table))
 
-    # A digit at several t: f, black for 0 and white for 1, beside the g of this very x_t.
+    # A digit at several t: f beside what its g is the mean of. Black is 0, white 1 or more.
     columns, shown = [], np.array([1, 5, 10, 20, 40, 60, 80]) * T // 100
     x0, y = xp.asarray(data.test_images[1:2]), data.test_labels[1:2]
     for t in shown:
         xt = diffusion.q_sample(x0, t, td.normal(rng, x0.shape))
         _, guess, f = answers(diffusion, net(xt, t, y), xt, t)
-        g = (guess - x0) ** 2 / (1 - diffusion.abar[t])
-        columns.append(asnumpy(xp.concatenate([xt, guess, 2 * g - 1, 2 * f - 1])))
+        rows = {"x_t": xt, "guess of x0": guess,
+                "error^2 / noise^2": 2 * (guess - x0) ** 2 / (1 - diffusion.abar[t]) - 1,
+                "f": 2 * f - 1}
+        columns.append(asnumpy(xp.concatenate([*rows.values()])))
     files.sheet(out / "learned_variance.png", np.stack(columns, 1),
-                [f"t = {t}" for t in shown], ["x_t", "guess of x0", "its error", "f"])
+                [f"t = {t}" for t in shown], [*rows])
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ for one more forward pass: about a third more time, as backward is about twice f
 gradients are the same, bit for bit, as the same is computed again from the same input; where
 something is drawn (dropout), it has to be drawn the same again.
 
-The input may be kept in half precision, too. What goes forward stays exact; going
-back, each block's derivative is taken at a slightly different input: float16 rounds to a
-relative 2^-11 at most.
+The input may be kept in half precision, too. What goes forward stays exact; going back, each
+block's derivative is taken at a slightly different input: float16 rounds to a relative 2^-11
+at most.
 """
-from gallery import asnumpy, files, run, td
-
 import copy
 import time
 import tracemalloc
 
+from gallery import asnumpy, files, run, td
 import numpy as np
 
 BATCH, DEPTHS = 16, (1, 2, 4, 8)

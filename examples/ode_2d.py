@@ -18,13 +18,10 @@ where div eps needs no estimate: it is the trace of a 2 x 2 Jacobian, a row one 
 """
 from itertools import pairwise
 
-import gallery      # first: it says where the others are
-import files
+from gallery import asnumpy, files, run, td, xp
 import numpy as np
 import score_2d
-import tinyddpm as td
 from matplotlib.figure import Figure
-from tinyddpm import asnumpy, xp
 
 
 def levels(diffusion, count):
@@ -89,7 +86,7 @@ def main(out, short):
     grid = np.stack(np.meshgrid(line, line), 2).reshape(-1, 2)
     for axes, (name, mixture) in zip(figure.subplots(2, 5), score_2d.mixtures().items()):
         parts = {"moons": 2, "three": 3}[name]
-        net = score_2d.learn(mixture, diffusion, 100 if short else 6000)
+        net = score_2d.train(mixture, diffusion, 100 if short else 6000)
         x, steps = td.normal(rng, (n, 2)), levels(diffusion, calls // 10)
         ways = {"Langevin, least noise only": langevin(net, diffusion, x, rng, [1], each=calls),
                 "annealed Langevin": langevin(net, diffusion, x, rng, steps, each=10),
@@ -123,4 +120,4 @@ def main(out, short):
 
 
 if __name__ == "__main__":
-    gallery.run(main)
+    run(main)

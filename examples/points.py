@@ -89,7 +89,7 @@ class PointNet:
             "norm": td.norm_layout(C), "out": product(C, 2, gain=0)}, rng, dtype)
         self.grads = self.params.grad
 
-    with_params = td.UNet.with_params
+    with_params, __call__ = td.UNet.with_params, td.UNet.__call__
 
     def forward(self, x, t, y, rng=None):
         p = self.params
@@ -103,9 +103,6 @@ class PointNet:
             net_back(dy[:, :, None])        # nobody asks for the gradient of x
             embed_back(demb)
         return h[:, :, 0], back
-
-    def __call__(self, x, t, y):
-        return self.forward(x, t, y)[0]
 
 
 def draw(net, diffusion, noise, y, steps=25, guidance=1.6):

@@ -12,12 +12,9 @@ mixtures of Gaussians, whose score is known at every t: two moons, and three of 
 """
 from functools import partial
 
-import gallery      # first: it says where the others are
-import files
+from gallery import asnumpy, files, learn, run, td, xp
 import numpy as np
-import tinyddpm as td
 from matplotlib.figure import Figure
-from tinyddpm import asnumpy, xp
 
 
 class Mixture:
@@ -69,7 +66,7 @@ class MLP:
             "out": td.product_layout(width, 2, gain=0)}, rng, dtype)
         self.grads = self.params.grad
 
-    with_params = td.UNet.with_params
+    with_params, __call__ = td.UNet.with_params, td.UNet.__call__
 
     def forward(self, x, t, y=None, rng=None):
         p = self.params
@@ -84,9 +81,6 @@ class MLP:
             return first_back(dh)
         return out, back
 
-    def __call__(self, x, t):
-        return self.forward(x, t)[0]
-
 
 def score_matching(net, diffusion, x0, t, y, eps, total, *rest):
     """The loss above, and its gradient, in place of td.add_gradient."""
@@ -97,10 +91,11 @@ def score_matching(net, diffusion, x0, t, y, eps, total, *rest):
     return float((noise ** 2 * error ** 2).sum()) / total
 
 
-def learn(mixture, diffusion, steps):
+def train(mixture, diffusion, steps):
+    """An MLP that learned from 20,000 points. It is too small for a second process to pay."""
     points = mixture.sample(20_000, np.random.default_rng(0))
-    return gallery.learn(MLP(), diffusion, points, steps=steps, gradient=score_matching,
-                         clip=None, batch=512, chunk=512, processes=1, optimizer="adamw", lr=0.01)
+    return learn(MLP(), diffusion, points, steps=steps, gradient=score_matching, clip=None,
+                 batch=512, chunk=512, processes=1, optimizer="adamw", lr=0.01)
 
 
 def learned_score(net, diffusion, x, t):
@@ -130,7 +125,7 @@ def main(out, short):
     diffusion, rng = td.Diffusion(td.linear_betas(1000)), np.random.default_rng(1)
     figure = Figure((11.5, 7.8), layout="constrained")
     for axes, (name, mixture) in zip(figure.subplots(2, 3), mixtures().items()):
-        net, x0 = learn(mixture, diffusion, 100 if short else 6000), mixture.sample(10_000, rng)
+        net, x0 = train(mixture, diffusion, 100 if short else 6000), mixture.sample(10_000, rng)
         batch = td.draw_batch(diffusion, x0, np.zeros(len(x0), int), 0, rng, 512, 0)
         losses = [loss(net, diffusion, *batch, 1024, "l2", "simple", None, None)
                   for loss in (score_matching, td.add_gradient)]
@@ -148,4 +143,4 @@ def main(out, short):
 
 
 if __name__ == "__main__":
-    gallery.run(main)
+    run(main)

@@ -15,7 +15,6 @@ prefers the mean m = E[x0 | c], a blur of all the answers: a draw from p(x0 | c)
 even if it is perfect. And m is the network's guess of x0 at t = T, where x_t tells it nothing.
 """
 from gallery import Score, asnumpy, demo, digits, files, learn, run, td, xp
-
 import numpy as np
 from PIL import Image
 
@@ -75,8 +74,7 @@ def main(out, short):
     net = td.UNet(channels=demo.CHANNELS, classes=0, blocks=(1, 1, 2), attention=(2,), heads=1,
                   condition=1)
     diffusion = td.Diffusion(td.cosine_betas(1000), "v")
-    net = learn(net, diffusion, pairs, steps=20 if short else 1150,
-                gradient=add_gradient)
+    net = learn(net, diffusion, pairs, steps=20 if short else 1150, gradient=add_gradient)
 
     N = 100 if short else 1000
     x0, labels, rng = data.test_images[:N], data.test_labels[:N], np.random.default_rng(0)
@@ -98,10 +96,10 @@ def main(out, short):
     first = np.array([np.argmax(labels == k) for k in range(10)])
     some = draw(net, diffusion, np.tile(small[first], (12, 1, 1, 1)), rng, 20)
     some = some.reshape(12, 10, 28, 28, 1)
-    rows = {"7 x 7": enlarge(small)[first], "bicubic": bicubic(small[first]),
-            "mean": mean[first], "three draws": some[0], " ": some[1], "": some[2],
-            "deviation of 12": 2 * some.std(0) - 1, "true": x0[first]}
-    files.sheet(out / "super_resolution.png", np.stack([*rows.values()]), names=[*rows])
+    rows = [enlarge(small)[first], bicubic(small[first]), mean[first], *some[:3],
+            2 * some.std(0) - 1, x0[first]]
+    files.sheet(out / "super_resolution.png", np.stack(rows), names=[
+        "7 x 7", "bicubic", "mean", "three draws", "", "", "deviation of 12", "true"])
 
 
 if __name__ == "__main__":

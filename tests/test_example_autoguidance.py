@@ -1,4 +1,4 @@
-"""examples/autoguidance.py: what the guided answer is, what it costs, and who the bad one is."""
+"""examples/autoguidance.py: what the guided answer is and costs, and who the bad one is."""
 from types import SimpleNamespace
 
 import autoguidance
@@ -39,8 +39,8 @@ def test_both_guidances_by_a_plain_loop_and_their_calls(w, w_bad, t):
 
 
 def test_the_score_is_that_of_a_power_of_good_over_bad():
-    """For normal data of deviation .5, which the bad model takes for .8: p_good^w p_bad^(1-w) is
-    normal, of precision w / var_good - (w - 1) / var_bad, and so is less spread out."""
+    """For normal data of deviation .5, which the bad model takes for .8: p_good^w p_bad^(1-w)
+    is normal, of precision w / var_good - (w - 1) / var_bad, and so is less spread out."""
     diffusion, w = td.Diffusion(td.cosine_betas(20), "x0"), 2.5
 
     def expected_x0(deviation):
@@ -57,7 +57,7 @@ def test_the_score_is_that_of_a_power_of_good_over_bad():
 
 
 def test_the_bad_one_is_an_earlier_state_of_the_demos_training(monkeypatch):
-    """The average, not the parameters themselves, after 3 of as many steps as the demo takes."""
+    """The average, not the parameters themselves, after 3 of the demo's so many steps."""
     def network(seed):
         return td.UNet((4, 4, 1), (4,), classes=3, rng=seed)
     monkeypatch.setattr(demo, "network", network)

@@ -25,14 +25,15 @@ class Rank:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_what_the_processes_send_adds_up_to_the_gradient_and_loss_of_the_batch(size, monkeypatch):
+def test_what_processes_send_adds_up_to_the_gradient_and_loss_of_the_batch(size, monkeypatch):
     """Also where it cannot be cut evenly, and where some have nothing to do."""
     monkeypatch.setattr(data_parallel, "in_place", lambda: None)
     monkeypatch.setattr(data_parallel, "CHUNK", 2)
     net, diffusion = td.UNet((4, 4, 1), (4,), classes=2, dtype=np.float64), demo.process()
     net.params.flat = 0.3 * np.random.default_rng(0).standard_normal(net.params.flat.size)
     images = np.random.default_rng(1).uniform(-1, 1, (9, 4, 4, 1))
-    batch = td.draw_batch(diffusion, images, np.arange(9) % 2, 2, np.random.default_rng(2), 5, 0.1)
+    rng, labels = np.random.default_rng(2), np.arange(9) % 2
+    batch = td.draw_batch(diffusion, images, labels, 2, rng, 5, 0.1)
     other, total = copy.deepcopy(net), 0
     loss = td.add_gradient(other, diffusion, *batch, 80)
     for rank in range(size):
@@ -57,8 +58,8 @@ def test_processes_train_as_one_does_and_go_on_after_one_has_failed(tmp_path):
     assert td.load(path)[2].step == 10
     said, well = data_parallel.mpiexec(3, 12, path, 5)
     assert well, said
-    for state in td.train(net, demo.process(), data.images, data.labels, steps=12, batch=5, rng=1,
-                          ema=demo.EMA, optimizer="muon", lr=demo.LR["muon"]):
+    for state in td.train(net, demo.process(), data.images, data.labels, steps=12, batch=5,
+                          optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, rng=1):
         pass
     after, _, its, _ = td.load(path)
     close(after.params.flat, net.params.flat, 1e-5)

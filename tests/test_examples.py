@@ -1,5 +1,5 @@
-"""The gallery: each example names its source, is on the gallery's page, and has tests of what it
-claims, in test_example_NAME.py."""
+"""The gallery: each example names its source, is on the gallery's page, and has tests of what
+it claims, in test_example_NAME.py."""
 import ast
 import re
 from pathlib import Path
