@@ -951,8 +951,8 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
             warm = min(1, (state.step + 1) / max(warmup, 1))
             state.lr = lr * warm * (1 + math.cos(math.pi * state.step / steps)) / 2
             if not math.isfinite(mean_loss + norm):
-                raise FloatingPointError(f"the loss is {mean_loss}, the gradient's norm {norm}; "
-                                         f"try a lower lr than {lr}")
+                raise FloatingPointError(f"the loss is {mean_loss}, the gradient's norm "
+                                         f"{norm}; try a lower lr than {lr}")
             grads *= min(1, max_norm / max(norm, 1e-12))
             state.optimizer.step(net.params.flat, grads, state.lr, weight_decay)
             state.ema.step(net.params.flat)

@@ -1,5 +1,5 @@
-"""Training beyond digits, as networks for 32x32 colour and 64x64 grey pictures have it: 128, 256
-and 256 channels, all kept or computed again (examples/memory.py), beside PyTorch.
+"""Training beyond digits: pictures of 32x32 in colour and 64x64 in grey, and 128, 256 and 256
+channels, all kept or computed again (examples/memory.py), beside PyTorch.
 
     python benchmarks/large.py              a table, in some ten minutes
     python benchmarks/large.py --short      small networks, to see that it runs

@@ -66,13 +66,13 @@ EQUIVALENT = {      # why no test can kill them; what their statement has, the o
         "<= 1.001", "x >= 0.999", "x <= -0.999", ">= 1e-300", "max_beta=2.0",
         "3 ** 62", "2 ** 63"],
     "the same, or the same but for its rounding": [
-        "abs(d) <= 1", "if sigma else 1", "- 1e-20", "sum()) - 1e-12", "gram @ (2.0315",
-        "len(arrays[1]), chunk", "mean_loss - norm", "np.load(file) as", "# file.flush()"],
+        "abs(d) <= 1", "if sigma else 1", "- 1e-20", "sum()) - 1e-12", "mean_loss - norm",
+        "np.load(file) as", "# file.flush()"],
     "it divides without a rest, and NumPy takes a whole float": [
         "(H * W * C / groups)", "repeat(C / groups, 1)", "(C / heads) **", "half = width / 2"],
     "only the speed": [
-        "chunk=17", "threads=2", "else (2, batch)", "budget=3 ** 18", "budget=2 ** 19",
-        "budget=2 * 18", "x.astype(p.flat.dtype))", "dtype, copy=True)", "xp.ones(len(dy)) @",
+        "chunk=17", "budget=3 ** 18", "budget=2 ** 19", "budget=2 * 18",
+        "x.astype(p.flat.dtype))", "dtype, copy=True)", "xp.ones(len(dy)) @",
         "xp.ones(B * H * W) @", "xp.ones((2, H * W), x.dtype)"],
 }
 ARBITRARY = (       # how statements begin, of gradient_table, whose numbers could be others

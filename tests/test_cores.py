@@ -1,5 +1,5 @@
-"""All cores: parts of a batch, put together, are the batch; processes share one network, and end
-with the block, with Ctrl-C's process, and when it is killed."""
+"""All cores: parts of a batch, put together, are the batch; processes share one network, and
+end with the block, or with the first of them, even if that is killed."""
 import os
 import signal
 import subprocess
@@ -16,6 +16,7 @@ from common import close
 
 pytestmark = pytest.mark.skipif(td.xp is not np, reason="these run with TINYDDPM_BACKEND=numpy")
 DIFFUSION = td.Diffusion(td.cosine_betas(20), "v")
+HOW = (64, "l2", "simple", np.random.default_rng(0), (-1, 1))       # total, ..., rng, clip
 
 
 def network(**options):
@@ -25,13 +26,14 @@ def network(**options):
 
 
 def batch(n):
-    images = np.tanh(td.normal(0, (20, 4, 4, 1), np.float64))
-    return td.draw_batch(DIFFUSION, images, np.arange(20) % 2, 2, np.random.default_rng(2), n, 0.1)
+    images, rng = np.tanh(td.normal(0, (20, 4, 4, 1), np.float64)), np.random.default_rng(2)
+    return td.draw_batch(DIFFUSION, images, np.arange(20) % 2, 2, rng, n, 0.1)
 
 
 def noted(net, diffusion, x0, t, y, eps, total, loss, weighting, rng, clip):
-    """A gradient that tells what its part is: the process, the pictures, the first of its rng."""
-    net.grads.flat[:3] += os.getpid(), x0.sum(), rng.random()
+    """A gradient that tells what its part is: process, pictures, the first of its rng."""
+    drawn = rng.random()
+    net.grads.flat[:4] += os.getpid(), x0.sum(), drawn, drawn ** 2
     return len(x0)
 
 
@@ -64,17 +66,20 @@ def test_gradients_of_parts_are_the_batchs():
             close(net.grads.flat, 1 + other.grads.flat)
 
 
-def test_parts_are_of_different_processes_with_noise_of_their_own():
+def test_parts_are_of_different_processes_with_noise_of_their_own(capfd):
+    """From one seed always the same. At the end they go without a word."""
     net, parts = network(), []
     with cores.processes(net, 2, noted) as gradient:
         for seed in (0, 0, 1):
             net.grads.flat = 0
             assert gradient(net, DIFFUSION, *batch(5), 1, "l2", "simple",
                             np.random.default_rng(seed), None) == 5
-            parts.append(net.grads.flat[:3].copy())
+            parts.append(net.grads.flat[:4].copy())
     once, again, other = parts
     close(once[1], batch(5)[0].sum())
     assert once[0] != 2 * os.getpid() and np.array_equal(once, again) and once[2] != other[2]
+    assert 2 * once[3] > 1.001 * once[2] ** 2           # two equal numbers would make them equal
+    assert capfd.readouterr().err == ""
 
 
 def test_one_core_needs_no_process():
@@ -85,14 +90,14 @@ def test_one_core_needs_no_process():
 def test_a_process_that_is_lost_is_one_sentence():
     net = network()
     with cores.processes(net, 2) as gradient:
-        arguments = (net, DIFFUSION, *batch(4), 64, "l2", "simple", np.random.default_rng(0), None)
+        arguments = (net, DIFFUSION, *batch(4), *HOW)
         gradient(*arguments)
         (process,) = cores.multiprocessing.active_children()
         os.kill(process.pid, signal.SIGINT)         # which is for the first process to heed
         gradient(*arguments)
         process.kill()
         process.join()
-        with pytest.raises(ChildProcessError, match="a process with a part of the batch has ended"):
+        with pytest.raises(ChildProcessError, match="with a part of the batch has ended"):
             gradient(*arguments)
     assert not cores.multiprocessing.active_children()
 
@@ -100,9 +105,9 @@ def test_a_process_that_is_lost_is_one_sentence():
 ENDLESS = """
 import cores, test_cores
 if __name__ == "__main__":
-    net, how = test_cores.network(), (64, "l2", "simple", test_cores.np.random.default_rng(0), None)
+    net = test_cores.network()
     with cores.processes(net, 2) as gradient:
-        gradient(net, test_cores.DIFFUSION, *test_cores.batch(4), *how)
+        gradient(net, test_cores.DIFFUSION, *test_cores.batch(4), *test_cores.HOW)
         print(cores.multiprocessing.active_children()[0].pid, flush=True)
         input()
 """
