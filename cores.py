@@ -1,8 +1,8 @@
 """All cores of a CPU, each with a part of every batch: threads to draw, processes to train.
 
 NumPy lets other threads go on while it computes, but Python between its calls does not, and a
-training step is thousands of short calls: two threads wait for each other for a tenth to a
-fifth of the time. Processes do not, but need half a second to start.
+training step is thousands of short calls, so that threads wait for each other. Processes do
+not, but need half a second to start. (docs/MEASURED.md has both.)
 """
 import contextlib
 import ctypes
@@ -42,9 +42,15 @@ def parallel(model, threads=CORES, chunk=500 if ON_GPU else 32):
 
 @contextlib.contextmanager
 def processes(net, n=CORES, gradient=td.add_gradient):
-    """For td.train: the same gradient over n processes, this one and others that end with the
-    `with` block. The parameters, and each other's gradient, are in memory that all share. They
-    get net, and gradient, a function of a module, by pickle."""
+    """A gradient for td.train, computed by n processes, this one and others that end with the
+    block. The parameters, and each other's gradient, are in memory that all share.
+
+        if __name__ == "__main__":
+            with cores.processes(net) as gradient:
+                for state in td.train(..., chunk=16 * cores.CORES, gradient=gradient): ...
+
+    The others import the program's file, hence the first line, which has to be in a file; net
+    and gradient go to them by pickle, so both have to be importable by name."""
     if n == 1:
         yield gradient
         return
@@ -69,7 +75,10 @@ def processes(net, n=CORES, gradient=td.add_gradient):
                 pipe.send(part)
             value = gradient(net, *own)
             for pipe, grads, _ in zip(pipes, others, parts):
-                value += pipe.recv()
+                answer = pipe.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                value += answer
                 net.grads.flat += grads
         except (EOFError, ConnectionError) as error:
             raise ChildProcessError("a process with a part of the batch has ended") from error
@@ -85,16 +94,22 @@ def processes(net, n=CORES, gradient=td.add_gradient):
 
 def serve(pipe, net, shared, i, gradient):
     """What the i-th of the other processes does, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the first to heed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the first to heed, and
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()                                    # any signal to all of its group
     keep_memory()
     params = net.params
     rows = np.frombuffer(shared, params.flat.dtype).reshape(-1, params.flat.size)
     net = net.with_params(td.Params(params.layout, rows[0], rows[i]))
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             part = pipe.recv()
             net.grads.flat = 0
-            pipe.send(gradient(net, *part))
+            try:
+                answer = gradient(net, *part)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
 
 
 def keep_memory():

@@ -912,8 +912,8 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     "muon". lr: the highest, after a linear warmup, before half a cosine to 0. max_norm: of the
     gradient. accumulate: batches to a step. A CPU works through each batch chunk images at a
     time, so that they stay in its cache. gradient: for a loss of your own, or a part of the
-    work for each core (cores.py, beside the demo), called as add_gradient is; images then have
-    net.condition more channels. A loss that is not finite is a
+    work for each core (cores.py, beside the demo), called as add_gradient is. With
+    net.condition, images have so many more channels, for a gradient of your own. A loss that is not finite is a
     FloatingPointError, and the parameters stay as they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")

@@ -29,7 +29,7 @@ METHODS = {             # w, w_bad, steps
 
 
 def earlier(diffusion, data, steps):
-    """The shipped network when it had had so many steps of its training."""
+    """The shipped network's training once more, stopped after so many of its steps."""
     net = demo.network(seed=0)
     for state in demo.learn(net, diffusion, data.images, data.labels):
         if state.step == steps:

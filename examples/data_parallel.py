@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from gallery import cores, demo, digits, files, run, td
@@ -75,8 +76,9 @@ def worker(steps, path, batch="64", fails="0"):
     """What mpiexec starts on every core. A process that fails says so, and ends all: the others
     would wait for its part for ever."""
     from mpi4py import MPI
-    comm, data = MPI.COMM_WORLD, digits()
+    comm = MPI.COMM_WORLD
     try:
+        data = digits()
         times = train(comm, data.images, data.labels, int(steps), Path(path), int(batch),
                       int(fails))
     except Exception as error:
@@ -98,8 +100,8 @@ def mpiexec(n, *words):
 def main(out, short):
     data, batch, steps = digits(), 8 if short else 64, 12 if short else 20
     path = out / "data_parallel.npz"
-    if not shutil.which("mpiexec"):
-        raise FileNotFoundError("there is no mpiexec here: pip install mpi4py mpich")
+    if not (shutil.which("mpiexec") and find_spec("mpi4py")):
+        raise FileNotFoundError("there is no mpiexec or no mpi4py: pip install mpi4py mpich")
     path.unlink(missing_ok=True)
 
     def without_mpi(n):

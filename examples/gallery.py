@@ -53,6 +53,6 @@ def run(example):
     parser.add_argument("--short", action="store_true", help="a trial in seconds, as CI has it")
     args = parser.parse_args()
     cores.keep_memory()
-    args.out.mkdir(parents=True, exist_ok=True)
     with demo.one_sentence(Path(sys.argv[0]).name):
+        args.out.mkdir(parents=True, exist_ok=True)
         example(args.out, args.short)

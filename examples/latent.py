@@ -11,8 +11,8 @@ large z: KL(N(z, sigma^2) || N(0, 1)) is |z|^2 / 2 and a constant, so this is LD
 for a fixed sigma. Then train diffusion on the z, brought to the mean 0 and deviation 1 of the
 noise that it will meet (section 4.3.2, appendix G), and decode what it draws.
 
-Both ways get as many steps as fit one time, the autoencoder's included, on a quiet machine; the
-table says what it was.
+STEPS give both ways about the same time on two quiet cores, the autoencoder's included; the
+table prints the times.
 """
 import time
 from functools import partial

@@ -13,6 +13,8 @@ and a vector e of the time and the class,
     u_i = silu(W1 norm(h_i)),   scale, shift = W2 [e, mean_j u_j]
     h_i <- h_i + W3 silu((1 + scale) u_i + shift)
 
+(norm takes its mean and variance over the whole cloud, which keeps the order out, too.)
+
 The baseline is the best that f could do without the mean: points drawn one by one, from all
 points of a class.
 """

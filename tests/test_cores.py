@@ -37,6 +37,12 @@ def noted(net, diffusion, x0, t, y, eps, total, loss, weighting, rng, clip):
     return len(x0)
 
 
+def failing(*arguments):
+    if cores.multiprocessing.parent_process():
+        raise ArithmeticError("in a part")
+    return 0.0
+
+
 @pytest.mark.parametrize("threads, n", [(1, 2), (1, 5), (3, 2), (3, 5), (3, 13)])
 def test_a_model_in_parts_is_the_model(threads, n):
     """Whatever the batch: parts of at most 4 images, as many for each thread."""
@@ -78,8 +84,14 @@ def test_parts_are_of_different_processes_with_noise_of_their_own(capfd):
     once, again, other = parts
     close(once[1], batch(5)[0].sum())
     assert once[0] != 2 * os.getpid() and np.array_equal(once, again) and once[2] != other[2]
-    assert 2 * once[3] > 1.001 * once[2] ** 2           # two equal numbers would make them equal
+    assert 2 * once[3] > 1.001 * once[2] ** 2       # they would be equal for equal numbers
     assert capfd.readouterr().err == ""
+
+
+def test_an_error_in_another_process_is_the_firsts():
+    with (cores.processes(network(), 2, failing) as gradient,
+          pytest.raises(ArithmeticError, match="in a part")):
+        gradient(network(), DIFFUSION, *batch(4), *HOW)
 
 
 def test_one_core_needs_no_process():
@@ -94,6 +106,7 @@ def test_a_process_that_is_lost_is_one_sentence():
         gradient(*arguments)
         (process,) = cores.multiprocessing.active_children()
         os.kill(process.pid, signal.SIGINT)         # which is for the first process to heed
+        assert os.getpgid(process.pid) != os.getpgrp()          # as is what all of a group get
         gradient(*arguments)
         process.kill()
         process.join()
