@@ -67,9 +67,9 @@ def processes(net, n=CORES, gradient=td.add_gradient):
     def in_parts(net, diffusion, x0, t, y, eps, total, loss, weighting, rng, clip):
         params[:] = net.params.flat
         few = min(n, len(x0))
+        cut = [np.array_split(a, few) for a in (x0, t, y, eps)]
         own, *parts = [(diffusion, *part, total, loss, weighting, part_rng, clip)
-                       for *part, part_rng in zip(*(np.array_split(a, few)
-                                                    for a in (x0, t, y, eps)), rng.spawn(few))]
+                       for *part, part_rng in zip(*cut, rng.spawn(few))]
         try:
             for pipe, part in zip(pipes, parts):
                 pipe.send(part)

@@ -910,11 +910,11 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     labels: (N,) integers of 0..classes-1, at a rate of label_drop made the null label. loss:
     "l2", "l1" or "huber", times diffusion.loss_weight(t, weighting). optimizer: "adamw" or
     "muon". lr: the highest, after a linear warmup, before half a cosine to 0. max_norm: of the
-    gradient. accumulate: batches to a step. A CPU works through each batch chunk images at a
-    time, so that they stay in its cache. gradient: for a loss of your own, or a part of the
-    work for each core (cores.py, beside the demo), called as add_gradient is. With
-    net.condition, images have so many more channels, for a gradient of your own. A loss that is not finite is a
-    FloatingPointError, and the parameters stay as they were."""
+    gradient. accumulate: batches to a step. chunk: how many images a CPU works on at a time, so
+    that they stay in its cache. gradient: called as add_gradient is, for a loss of your own, of
+    images that may have net.condition more channels, or to share the work among the cores
+    (cores.py). A loss that is not finite is a FloatingPointError, and the parameters stay as
+    they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
     diffusion.loss_weight(1, weighting)         # refuses a name that it does not know

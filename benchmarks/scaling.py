@@ -3,17 +3,16 @@
     python benchmarks/scaling.py            a table, and docs/scaling.png
     python benchmarks/scaling.py --short    the two smallest of each, and out/scaling.png
 
-Every row is a program of its own, of one process for each core. Its peak resident memory is the
-whole of Python, NumPy and the digits too; "of the step" is what came on top of what it held
-before its first step.
+Every row is measured in a new process, which trains with one for each core; MB is the sum of
+their peaks of resident memory, with Python, NumPy and the images.
 """
 import argparse
-import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,6 +30,12 @@ SERIES = {"batch": (1, 16, 32, 64, 128, 256), "width": (8, 16, 32, 64), "cores":
           "side": (14, 28, 56), "calls": (5, 10, 20, 50)}
 
 
+def anew(function, *arguments):
+    """What it returns in a new process, which has had no memory yet."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def megabytes(others=0):
     """The most that this process has had, and so many others that have ended."""
     own, other = (resource.getrusage(who).ru_maxrss / 1024
@@ -39,7 +44,7 @@ def megabytes(others=0):
 
 
 def measure(batch, width, side, cores, calls):
-    """Milliseconds of a training step or, with calls, of drawing; MB of the process, of it."""
+    """Milliseconds of a training step or, with calls, of drawing; MB."""
     keep_memory()
     rng = np.random.default_rng(0)
     net = demo.network((side, side, 1), (width, 2 * width, 4 * width))
@@ -57,41 +62,34 @@ def measure(batch, width, side, cores, calls):
 
         def step():
             next(training)
-    before, times = megabytes(), []
+    times = []
     for _ in range(3 if calls else 9):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
     if not calls:
         training.close()
-    most = megabytes(0 if calls else cores - 1)
-    return 1000 * statistics.median(times), most, most - before
+    return 1000 * statistics.median(times), megabytes(0 if calls else cores - 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--short", action="store_true", help="to see that it runs")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(**args.one)))
-        return
     print(f"otherwise batch 64, channels 16, 32, 64, 28x28, 2 cores\n\n{'':>10}{'':>10}"
-          f"{'ms':>10}{'us an image':>13}{'MB in all':>11}{'MB of it':>10}")
+          f"{'ms':>10}{'us an image':>13}{'MB':>8}")
     figure = Figure((15, 3), layout="constrained")
     for ax, (name, values) in zip(figure.subplots(1, len(SERIES)), SERIES.items()):
         values, rows = values[:2] if args.short else values, []
         for value in values:
             case = {**BASE, name: value}
-            out = subprocess.run([sys.executable, __file__, "--one", json.dumps(case)],
-                                 check=True, stdout=subprocess.PIPE, text=True).stdout
-            ms, whole, extra = json.loads(out)
-            rows.append((ms, whole))
-            print(f"{name:>10}{value:10}{ms:10.1f}{1000 * ms / case['batch']:13.0f}"
-                  f"{whole:11.0f}{extra:10.0f}", flush=True)
+            ms, mb = anew(measure, *case.values())
+            rows.append((ms, mb))
+            print(f"{name:>10}{value:10}{ms:10.1f}{1000 * ms / case['batch']:13.0f}{mb:8.0f}",
+                  flush=True)
         ax.loglog(values, [ms for ms, _ in rows], "o-", label="ms")
-        ax.loglog(values, [mb for _, mb in rows], "s--", label="MB, whole process")
+        ax.loglog(values, [mb for _, mb in rows], "s--", label="MB")
         ax.set(xlabel={"calls": "calls of the network, drawing 64", "width": "channels on top",
                        "side": "pixels a side"}.get(name, name))
         ax.set_xticks(values, values)

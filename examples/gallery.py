@@ -31,12 +31,12 @@ def shipped():
 
 
 def learn(net, diffusion, images, labels=None, *, steps, said="training",
-          gradient=td.add_gradient, processes=cores.CORES, **options):
+          gradient=td.add_gradient, workers=cores.CORES, **options):
     """td.train as the demo does it, on all cores; returns net with its averaged parameters."""
-    options = dict(optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, chunk=16 * processes,
+    options = dict(optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, chunk=16 * workers,
                    rng=1) | options
     began = time.perf_counter()
-    with cores.processes(net, processes, gradient) as gradient:
+    with cores.processes(net, workers, gradient) as gradient:
         states = td.train(net, diffusion, images, labels, steps=steps, gradient=gradient,
                           **options)
         for state in demo.tqdm(states, said, steps, disable=None):

@@ -95,7 +95,7 @@ def train(mixture, diffusion, steps):
     """An MLP that learned from 20,000 points. It is too small for a second process to pay."""
     points = mixture.sample(20_000, np.random.default_rng(0))
     return learn(MLP(), diffusion, points, steps=steps, gradient=score_matching, clip=None,
-                 batch=512, chunk=512, processes=1, optimizer="adamw", lr=0.01)
+                 batch=512, chunk=512, workers=1, optimizer="adamw", lr=0.01)
 
 
 def learned_score(net, diffusion, x, t):
