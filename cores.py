@@ -1,8 +1,8 @@
 """All cores of a CPU, each with a part of every batch: threads to draw, processes to train.
 
-NumPy lets other threads go on while it computes, but Python between its calls does not, and a
-training step is thousands of short calls, so that threads wait for each other. Processes do
-not, but need half a second to start. (docs/MEASURED.md has both.)
+NumPy lets other threads go on while it computes, but Python between its calls does not (the
+GIL), and a training step is thousands of short calls, so that threads wait for each other.
+Processes do not, but need half a second to start. (docs/MEASURED.md has both.)
 """
 import contextlib
 import ctypes
@@ -22,14 +22,14 @@ import numpy as np                                                              
 import tinyddpm as td                                                           # noqa: E402
 from tinyddpm import xp                                                         # noqa: E402
 
-ON_GPU = xp is not np       # which one process keeps busy
+ON_GPU = xp is not np       # one process keeps it busy
 CORES = (1 if ON_GPU else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
          else os.cpu_count())
 
 
 def parallel(model, threads=CORES, chunk=500 if ON_GPU else 32):
-    """The same model, its batch cut into equal parts of at most chunk images, as many for each
-    thread."""
+    """The same model, its batch cut into equal parts of at most chunk images, the same number
+    of parts for each thread."""
     pool = ThreadPoolExecutor(threads)
 
     def model_in_parts(*arrays):
@@ -43,46 +43,52 @@ def parallel(model, threads=CORES, chunk=500 if ON_GPU else 32):
 @contextlib.contextmanager
 def processes(net, n=CORES, gradient=td.add_gradient):
     """A gradient for td.train, computed by n processes, this one and others that end with the
-    block. The parameters, and each other's gradient, are in memory that all share.
+    block. They share each chunk: give n times as much. A copy of the parameters, and a gradient
+    for each other process, are in memory that all see.
 
         if __name__ == "__main__":
             with cores.processes(net) as gradient:
                 for state in td.train(..., chunk=16 * cores.CORES, gradient=gradient): ...
 
-    The others import the program's file, hence the first line, which has to be in a file; net
-    and gradient go to them by pickle, so both have to be importable by name."""
+    The others import the program's file, hence the first line. Net and gradient go to them by
+    pickle, so that net's class and gradient have to be importable by name."""
     if n == 1:
         yield gradient
         return
-    context, flat = multiprocessing.get_context("spawn"), net.params.flat
+    flat, context = net.params.flat, multiprocessing.get_context("spawn")   # on every system
     shared = context.RawArray(flat.dtype.char, n * flat.size)
-    params, *others = np.frombuffer(shared, flat.dtype).reshape(n, -1)
-    pipes, ends = zip(*(context.Pipe() for _ in others))
+    params, *their_grads = np.frombuffer(shared, flat.dtype).reshape(n, -1)
+    pipes, ends = zip(*(context.Pipe() for _ in their_grads))
     team = [context.Process(target=serve, args=(end, net, shared, i, gradient), daemon=True)
             for i, end in enumerate(ends, 1)]
     for process, end in zip(team, ends):
         process.start()
-        end.close()         # the process has it: if that ends, ours breaks
+        end.close()         # so that only the process has it: if that ends, recv fails
 
     def in_parts(net, diffusion, x0, t, y, eps, total, loss, weighting, rng, clip):
         params[:] = net.params.flat
-        few = min(n, len(x0))
+        few = min(n, len(x0))           # a last chunk may be small
         cut = [np.array_split(a, few) for a in (x0, t, y, eps)]
         own, *parts = [(diffusion, *part, total, loss, weighting, part_rng, clip)
                        for *part, part_rng in zip(*cut, rng.spawn(few))]
         try:
             for pipe, part in zip(pipes, parts):
                 pipe.send(part)
-            value = gradient(net, *own)
-            for pipe, grads, _ in zip(pipes, others, parts):
+            mean_loss = gradient(net, *own)
+            for pipe, grads, _ in zip(pipes, their_grads, parts):
                 answer = pipe.recv()
                 if isinstance(answer, Exception):
                     raise answer
-                value += answer
+                mean_loss += answer
                 net.grads.flat += grads
-        except (EOFError, ConnectionError) as error:
-            raise ChildProcessError("a process with a part of the batch has ended") from error
-        return value
+        except BaseException as error:
+            for pipe in pipes:          # other answers may be on their way: nobody shall take
+                pipe.close()            # them for the next chunk's
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise ChildProcessError(
+                    "a process with a part of the batch has ended") from error
+            raise
+        return mean_loss
 
     try:
         yield in_parts
@@ -94,9 +100,10 @@ def processes(net, n=CORES, gradient=td.add_gradient):
 
 def serve(pipe, net, shared, i, gradient):
     """What the i-th of the other processes does, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the first to heed, and
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()                                    # any signal to all of its group
+    # Ctrl-C, and any signal to the group, is for the first process, which then ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):          # not on Windows
+        os.setpgrp()
     keep_memory()
     params = net.params
     rows = np.frombuffer(shared, params.flat.dtype).reshape(-1, params.flat.size)

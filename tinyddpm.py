@@ -234,7 +234,7 @@ class Diffusion:
     def loss_weight(self, t, weighting, gamma=5.0):
         """Factor for the squared error of the model's answer at t; float64, of t's shape.
         "simple" is 1. "snr" makes of it the error of eps, DDPM eq. 14: 1 for eps, the SNR for
-        x0, abar for v. (An error of `out` is noise / (b signal - a noise) times one of x0.)
+        x0, abar for v. (An error of x0 is noise / (b signal - a noise) times one of `out`.)
         "min_snr" is "snr" with the SNR held to gamma (Min-SNR section 3.4)."""
         check(np.all((1 <= t) & (t <= self.T)), f"t is {t}; it has to be of 1..{self.T}")
         signal, noise = self.abar[t] ** 0.5, (1 - self.abar[t]) ** 0.5
@@ -860,23 +860,24 @@ class AdamW:
         for where, shape in self.matrices:
             u = orthogonal(ahead[where].reshape(shape))
             # Its root mean square is the longer side's ^-1/2; bring it to 0.2, as Adam's often
-            # is, so that one learning rate serves both (2502.16982 section 2.2).
+            # is, so that one lr serves these and all others (2502.16982 section 2.2).
             move[where] = (0.2 * max(u.shape) ** 0.5 * u).ravel()
         params -= lr * (move + weight_decay * params)
 
 def orthogonal(m):
-    """Nearly U V^T of m = U S V^T: five Newton-Schulz steps 3.4445 s - 4.775 s^3 + 2.0315 s^5
-    of the singular values s of m / |m| take .002 and more to .68..1.21, .001 to .47 (Muon)."""
+    """Nearly U V^T of m = U S V^T, by five Newton-Schulz steps on m / |m|, which take its
+    singular values s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. They end in .68..1.21, if they were
+    .002 or more; .001 ends at .47 (Muon)."""
     if len(m) < m.shape[1]:
-        return orthogonal(m.T).T        # so that the gram matrix is the smaller of the two
+        return orthogonal(m.T).T        # so that m^T m is smaller than m
     m = m / (xp.sqrt((m * m).sum()) + 1e-12)
-    # A step multiplies m from the right by a polynomial of the gram matrix: follow that alone.
-    gram, one = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
-    turn = one
+    # A step is m @ step, of a polynomial of m^T m. So follow m^T m; multiply m at the end.
+    gram, eye = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
+    steps = eye
     for _ in range(5):
-        step = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
-        gram, turn = step @ gram @ step, turn @ step
-    return m @ turn
+        step = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
+        gram, steps = step @ gram @ step, steps @ step
+    return m @ steps
 
 class EMA:
     """A running mean of the parameters, .flat, whose samples are better than theirs. Its decay
@@ -903,18 +904,18 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
           weight_decay=0.0, max_norm=1.0, ema=0.999, label_drop=0.1, accumulate=1, chunk=16,
           clip=(-1, 1), gradient=add_gradient, state=None):
     """Train net to predict what the diffusion says. A generator of its State after every step,
-    always the same one, of which ema.flat goes on changing too: copy what you keep. To draw,
+    always the same one, whose ema.flat goes on changing: copy what you keep. To draw,
     net.with_params(state.ema.flat). To go on, pass the State: rng, optimizer, momentum and ema
-    are then its own, and steps counts those it has done.
-    images: (N, H, W, C) floats within clip, to which samplers will clip x0; None: any floats.
+    are then its own, and steps includes those it has done.
+    images: (N, H, W, C) floats within clip, to which samplers will clip x0; clip=None: any.
     labels: (N,) integers of 0..classes-1, at a rate of label_drop made the null label. loss:
     "l2", "l1" or "huber", times diffusion.loss_weight(t, weighting). optimizer: "adamw" or
-    "muon". lr: the highest, after a linear warmup, before half a cosine to 0. max_norm: of the
-    gradient. accumulate: batches to a step. chunk: how many images a CPU works on at a time, so
-    that they stay in its cache. gradient: called as add_gradient is, for a loss of your own, of
-    images that may have net.condition more channels, or to share the work among the cores
-    (cores.py). A loss that is not finite is a FloatingPointError, and the parameters stay as
-    they were."""
+    "muon". lr: times a linear warmup and half a cosine to 0. max_norm: the gradient's, at most.
+    accumulate: batches to a step. chunk: images that a CPU works on at a time, so that they
+    stay in its cache. gradient: called as add_gradient is, to share a chunk among the cores
+    (cores.py), or for a loss of your own; only that can use net.condition, more channels of
+    images. A loss that is not finite is a FloatingPointError, and the parameters stay as they
+    were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
     diffusion.loss_weight(1, weighting)         # refuses a name that it does not know
@@ -932,7 +933,7 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     state = state or State(AdamW(net.params, momentum, optimizer == "muon"),
                            EMA(net.params.flat, ema), np.random.default_rng(rng))
     check(state.ema.flat.size == net.params.flat.size, "the state is of another network")
-    chunk, total = chunk if xp is np else batch, accumulate * batch * math.prod(net.image)
+    chunk, total = (chunk if xp is np else batch), accumulate * batch * math.prod(net.image)
 
     def run():      # apart, so that the checks above run at the call, not at the first next()
         while state.step < steps:

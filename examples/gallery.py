@@ -1,6 +1,6 @@
 """What the examples share: the bundled digits, the network that comes with the demo, training,
 the score's classifier, and a command line with two options. They import it before NumPy, as
-the demo sets how many threads NumPy takes."""
+cores sets how many threads NumPy takes."""
 import argparse
 import sys
 import time
@@ -36,8 +36,8 @@ def learn(net, diffusion, images, labels=None, *, steps, said="training",
     options = dict(optimizer="muon", lr=demo.LR["muon"], ema=demo.EMA, chunk=16 * workers,
                    rng=1) | options
     began = time.perf_counter()
-    with cores.processes(net, workers, gradient) as gradient:
-        states = td.train(net, diffusion, images, labels, steps=steps, gradient=gradient,
+    with cores.processes(net, workers, gradient) as shared:
+        states = td.train(net, diffusion, images, labels, steps=steps, gradient=shared,
                           **options)
         for state in demo.tqdm(states, said, steps, disable=None):
             pass
