@@ -63,11 +63,11 @@ EQUIVALENT = {      # why no test can kill them; what their statement has, the o
     "a constant factor or the scale cancels": [
         "f * f[0]", "f / f[1]", "np.log(diffusion.snr) * 2", "np.log(diffusion.snr) / 3"],
     "nothing lies on that edge, or so far": [
-        "<= 1.001", "x >= 0.999", "x <= -0.999", ">= 1e-300", "max_beta=2.0",
+        "<= 1.001", "<= most + 0.001", "x >= 0.999", "x <= -0.999", ">= 1e-300", "max_beta=2.0",
         "3 ** 62", "2 ** 63"],
     "the same, or the same but for its rounding": [
         "abs(d) <= 1", "if sigma else 1", "- 1e-20", "sum()) - 1e-12", "mean_loss - norm",
-        "np.load(file) as", "# file.flush()"],
+        "np.load(file) as", "# file.flush()", "step @ steps"],
     "it divides without a rest, and NumPy takes a whole float": [
         "(H * W * C / groups)", "repeat(C / groups, 1)", "(C / heads) **", "half = width / 2"],
     "only the speed": [
