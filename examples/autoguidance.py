@@ -54,7 +54,7 @@ def guided(good, bad, labels, null, w, w_bad):
 def main(out, short):
     data, (net, diffusion) = digits(), shipped()
     score, labels = Score(data, out), np.arange(100 if short else 1000) % 10
-    bad = earlier(diffusion, data, 3 if short else 400)
+    bad = earlier(diffusion, data, 3 if short else 800)
     calls = [0]
 
     def counted(net):
