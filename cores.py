@@ -2,7 +2,7 @@
 
 NumPy lets other threads go on while it computes, but Python between its calls does not (the
 GIL), and a training step is thousands of short calls, so that threads wait for each other.
-Processes do not, but need half a second to start. (docs/MEASURED.md has both.)
+Processes do not, but need half a second to start. (docs/MEASURED.md compares them.)
 """
 import contextlib
 import ctypes
@@ -46,12 +46,17 @@ def processes(net, n=CORES, gradient=td.add_gradient):
     block. They share each chunk: give n times as much. A copy of the parameters, and a gradient
     for each other process, are in memory that all see.
 
-        if __name__ == "__main__":
+        import cores                    # first, as it sets NumPy's threads
+
+        def main():                     # all that the program does
             with cores.processes(net) as gradient:
                 for state in td.train(..., chunk=16 * cores.CORES, gradient=gradient): ...
 
-    The others import the program's file, hence the first line. Net and gradient go to them by
-    pickle, so that net's class and gradient have to be importable by name."""
+        if __name__ == "__main__":
+            main()
+
+    The others import the program's file, so nothing may run outside main. Net and gradient go
+    to them by pickle: net's class and gradient have to be importable by name."""
     if n == 1:
         yield gradient
         return

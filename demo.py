@@ -208,7 +208,7 @@ def results(out, net, diffusion, notes):
                                   dict(lw=0.5, alpha=0.4)),
                (np.arange(len(mean)) + (width + 1) / 2, mean, "running mean", dict(lw=1.5)),
                title=f"loss {mean[-1]:.4f} at the end", xlabel="step", yscale="log",
-               ylabel=f"mean squared error of {diffusion.predicts}")
+               ylabel=f"squared error of {diffusion.predicts}, past clipping")
 
 
 # ------------------------------------------------------------------------------------ drawing

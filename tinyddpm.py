@@ -94,7 +94,7 @@ def checked_betas(betas):
     return betas
 
 def betas_from_abar(abar, max_beta=1.0):
-    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta, from abar (T+1,), below 0 as 0."""
+    """beta_t = 1 - abar_t / abar_{t-1}, at most max_beta, from abar_0 to abar_T (T+1,)."""
     abar = np.maximum(abar, 0)
     return checked_betas(np.minimum(1 - abar[1:] / np.maximum(abar[:-1], 1e-300), max_beta))
 
@@ -103,8 +103,8 @@ def linear_betas(T, start=1e-4, end=0.02):
     return checked_betas(np.linspace(start, end, T))
 
 def scaled_linear_betas(T, start=1e-4, end=0.02):
-    """linear_betas with both ends times 1000/T, so that x_T is noise for any T above 20, and at
-    20 nothing else (iDDPM's code). In diffusers this name means quadratic_betas."""
+    """linear_betas with both ends times 1000/T, so that x_T is noise for any T; at least 20,
+    where the last beta is 1 (iDDPM's code). In diffusers this name means quadratic_betas."""
     return checked_betas(np.linspace(start, end, T) * 1000 / T)
 
 def quadratic_betas(T, start=1e-4, end=0.02):
@@ -152,8 +152,8 @@ def zero_terminal_snr(betas):
     return betas_from_abar(np.concatenate([[1], root ** 2]))
 
 # ------------------------------------------------------------------------- the forward process
-# What a model answers is a mix a x0 + b eps, and x_t is another: two equations for x0 and eps.
-# Here are a and b, from x_t's own two, signal = sqrt(abar_t) and noise = sqrt(1 - abar_t).
+# x_t is a mix signal x0 + noise eps, of signal = sqrt(abar_t) and noise = sqrt(1 - abar_t).
+# What a model answers is another, a x0 + b eps: two equations for x0 and eps. Here are a and b.
 PREDICTS = {
     "eps": lambda signal, noise: (0, 1),
     "x0": lambda signal, noise: (1, 0),
@@ -234,7 +234,8 @@ class Diffusion:
     def loss_weight(self, t, weighting, gamma=5.0):
         """Factor for the squared error of the model's answer at t; float64, of t's shape.
         "simple" is 1. "snr" makes of it the error of eps, DDPM eq. 14: 1 for eps, the SNR for
-        x0, abar for v. (An error of x0 is noise / (b signal - a noise) times one of `out`.)
+        x0, abar for v. (An error of x0 is noise / (b signal - a noise) times one of `out`, and
+        one of eps signal / noise times that.)
         "min_snr" is "snr" with the SNR held to gamma (Min-SNR section 3.4)."""
         check(np.all((1 <= t) & (t <= self.T)), f"t is {t}; it has to be of 1..{self.T}")
         signal, noise = self.abar[t] ** 0.5, (1 - self.abar[t]) ** 0.5
@@ -265,8 +266,8 @@ def per_image(value, x):
 # A model is any callable model(x, t) -> answer, x (B, ...), t (B,) integers. A sampler is a
 # generator: it yields (t, x_t) after every step, so that a progress bar, a film, an early stop
 # or inpainting (write into x_t) is a `for` loop in the caller's code. x: usually normal noise.
-# steps: how many, or which; see timesteps. All go by way of x0, which can be clipped: (-1, 1)
-# is for images; for other data give their bounds, or None, or a function of x0.
+# steps: how many, or which; see timesteps. All go by way of x0. clip: its bounds, or a function
+# of it, or None. Give that with which the network was trained: beyond, its answers are free.
 
 def timesteps(T, steps, spacing="trailing"):
     """`steps` of the T steps, descending, integers (steps,) (ZeroSNR Table 2). "trailing"
@@ -284,9 +285,9 @@ def timesteps(T, steps, spacing="trailing"):
 def ddpm(model, diffusion, x, rng, steps=None, spacing="trailing", variance="small",
          clip=(-1, 1)):
     """Ancestral sampling: x_s ~ N(posterior mean of x_s given x_t and the model's x0, var).
-    With clip=None and all steps (None) this is DDPM Algorithm 2: its mean is the same, written
-    with eps. variance: "small", the posterior's, is best for data of a single point; "large",
-    beta_t or 1 - abar_t/abar_s, for standard normal data (DDPM section 3.2)."""
+    With clip=None, if trained so, and all steps (None) this is DDPM Algorithm 2: its mean is
+    the same, written with eps. variance: "small", the posterior's, is best for data of a single
+    point; "large", beta_t or 1 - abar_t/abar_s, for standard normal data (DDPM section 3.2)."""
     check(variance in ("small", "large"), f"variance is {variance!r}, not 'small' or 'large'")
     rng, steps = np.random.default_rng(rng), diffusion.T if steps is None else steps
     for t, s in pairwise([*timesteps(diffusion.T, steps, spacing), 0]):
@@ -333,9 +334,9 @@ def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", clip
 def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", clip=(-1, 1)):
     """Heun's method on the probability-flow ODE (SDE section 4.3): an Euler step to s; then the
     step from t again, with the mean of the slopes at t and s. 2 steps - 1 calls, no noise.
-    It is EDM Algorithm 1, whose x is scale (x0 + sigma eps), at cos(phi) and tan(phi): so x =
-    cos(phi) x0 + sin(phi) eps, the slope dx/dphi is v, and phi is finite even in pure noise.
-    The last step, as theirs, is Euler's in x0 + sigma eps, which ends at x0."""
+    As x = cos(phi) x0 + sin(phi) eps, the slope dx/dphi is v, and phi is finite even in pure
+    noise: EDM Algorithm 1 of scale cos(phi) and sigma tan(phi). The last step is Euler's in
+    sigma, as at scale 1, which ends at x0."""
     for t, s in pairwise([*timesteps(diffusion.T, steps, spacing), 0]):
         x0 = diffusion.to_x0(x, t, model(x, xp.full(len(x), t)), clip)
         if s:
@@ -356,11 +357,12 @@ def sample(sampler):
     return x
 
 def dynamic_threshold(x0, share=0.995):
-    """Instead of clipping: each image is clipped at the quantile `share` of its sizes, or at 1
-    if that is more, and divided by it, against saturation (Imagen section 2.3)."""
-    size = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1)
-    size = per_image(xp.maximum(size, 1), x0)
-    return xp.clip(x0, -size, size) / size
+    """A clip for networks trained with clip=None: each image is clipped at the quantile `share`
+    of its absolute values, or at 1 if that is more, and divided by it, against saturation
+    (Imagen section 2.3)."""
+    bound = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1)
+    bound = per_image(xp.maximum(bound, 1), x0)
+    return xp.clip(x0, -bound, bound) / bound
 
 def guided(model, labels, null, w, rescale=0.0, interval=None):
     """model(x, t, y) -> a model(x, t): unconditional + w (conditional - unconditional), both of
@@ -373,14 +375,17 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
     check(1 <= low <= high and low % 1 == high % 1 == 0,
           f"interval is {interval}; it has to be two steps, 1 <= low <= high, or None")
     nulls = np.full_like(labels, null)
-    if w == 1 or (w == 0 and not interval):     # one of the two is not needed
+    if w == 1 or (w == 0 and not (interval or rescale)):    # one of the two is not needed
         return lambda x, t: model(x, t, labels if w else nulls)
     both = np.concatenate([labels, nulls])
 
     def guided_model(x, t):
+        inside = (low <= t) & (t <= high)
+        if not inside.any():
+            return model(x, t, labels)
         out = model(xp.concatenate([x, x]), xp.concatenate([t, t]), both)
         cond, uncond = out[:len(x)], out[len(x):]
-        out = uncond + per_image(xp.where((low <= t) & (t <= high), w, 1), x) * (cond - uncond)
+        out = uncond + per_image(xp.where(inside, w, 1), x) * (cond - uncond)
         if rescale:
             axes = tuple(range(1, x.ndim))
             cond_std, std = (a.std(axes, keepdims=True) + 1e-20 for a in (cond, out))
@@ -457,7 +462,7 @@ def silu(x):
     return y, lambda dy: dy * (s + y * (1 - s))
 
 def product_layout(*shape, gain=1.0):
-    """Of linear, (C, D), and of conv3x3, (3, 3, C, D). The -1/2 keeps the input's variance.
+    """That of linear, (C, D), or conv3x3, (3, 3, C, D). The power -1/2 keeps the variance of x.
     With gain=0, what a block adds to x starts at 0, and so does the network's answer."""
     return {"w": (shape, gain * math.prod(shape[:-1]) ** -0.5), "b": (shape[-1:], 0)}
 
@@ -741,6 +746,7 @@ class UNet:
         levels, C, E = len(self.channels), self.channels[0], 4 * self.channels[0]
         blocks = [self.blocks] * levels if np.ndim(self.blocks) == 0 else self.blocks
         check(len(blocks) == levels and min(blocks) > 0, f"blocks are {blocks} for {levels}")
+        check(C > 3 and C % 2 == 0, f"channels begin with {C}; the first is even and above 3")
         check({*self.attention} <= {*range(levels)}, f"attention is at {self.attention}")
         check(0 <= self.dropout < 1, f"dropout is {self.dropout}; it has to be below 1")
         check(np.dtype(dtype) in ("f4", "f8"), f"dtype is {dtype}, not float32 or float64")
@@ -769,7 +775,7 @@ class UNet:
     def forward(self, x, t, y=None, rng=None):
         """The answer, and back(dy), which adds to .grads and returns dx. t and the labels y are
         integers (B,), or one for all; y None is the null label. An rng turns dropout on."""
-        check(x.shape[1:] == self.input and x.dtype.kind in "fc",       # c: the tests' steps
+        check(x.shape[1:] == self.input and x.dtype.kind in "fc",       # c: in the tests
               f"x is {x.dtype} {x.shape}; it has to be floats (B, *{self.input})")
         p, t = self.params, xp.broadcast_to(xp.asarray(t), len(x))
         check(t.dtype.kind in "iu", f"t is {t.dtype}; it has to be integers of 1..T")
@@ -824,9 +830,10 @@ def draw_batch(diffusion, images, labels, null, rng, batch, label_drop):
 def add_gradient(net, diffusion, x0, t, y, eps, total, loss="l2", weighting="simple", rng=None,
                  clip=(-1, 1)):
     """The rest of Algorithm 1, on a batch or a part of one: adds to net.grads the gradient of
-    its loss, the sum over all values / total, and returns the loss. rng is for dropout. As
-    samplers clip x0, an answer that clipping puts right is no error: black may be guessed below
-    -1, and comes out black. Clipped, the best answer is the expected x0 all the same."""
+    its loss, the sum over all values / total, and returns the loss. rng is for dropout. One
+    departure: as samplers clip x0, an answer that clipping puts right is no error. Black may be
+    guessed below -1, and comes out black; clipped, the best answer is the expected x0 all the
+    same. The loss is so much smaller. clip=None counts every error."""
     xt = diffusion.q_sample(x0, t, eps)
     out, back = net.forward(xt, t, y, rng)
     right = diffusion.to_x0(xt, t, out, clip) == x0
@@ -871,7 +878,8 @@ def orthogonal(m):
     if len(m) < m.shape[1]:
         return orthogonal(m.T).T        # so that m^T m is smaller than m
     m = m / (xp.sqrt((m * m).sum()) + 1e-12)
-    # A step is m @ step, of a polynomial of m^T m. So follow m^T m; multiply m at the end.
+    # A step is m @ step, a polynomial of m^T m, which is smaller. So follow that, and multiply
+    # m by all steps at the end.
     gram, eye = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
     steps = eye
     for _ in range(5):

@@ -32,7 +32,7 @@ def shipped():
 
 def learn(net, diffusion, images, labels=None, *, steps, said="training",
           gradient=td.add_gradient, workers=cores.CORES, **options):
-    """td.train as the demo does it, on all cores; returns net with its averaged parameters."""
+    """td.train with Muon on all cores; returns net with its averaged parameters."""
     options = dict(optimizer="muon", lr=1.2e-2, ema=demo.EMA, chunk=16 * workers, rng=1) | options
     began = time.perf_counter()
     with cores.processes(net, workers, gradient) as shared:

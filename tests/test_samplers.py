@@ -444,7 +444,7 @@ def test_guidance_moves_from_unconditional_to_conditional_and_on(w):
         x.flags.writeable = out.flags.writeable = False
         calls.append((x, t, y))
         return out
-    out = guide(w, model, rescale=0.5)
+    out = guide(w, model, rescale=0.5 if w else 0.0)
     [(x, t, y)] = calls
     wanted = [(1, 3), (6, 1), (7, 4)] if w else []
     wanted += [(1, 10), (6, 10), (7, 10)] if w != 1 else []
@@ -472,7 +472,7 @@ def test_guidance_between_gaussians_is_the_model_of_another(sampler):
         assert_same_walk(*walks, 1e-9)
 
 
-@given(w=st.floats(1.5, 10), rescale=st.floats(0, 1))
+@given(w=st.just(0) | st.floats(1.5, 10), rescale=st.floats(0, 1))
 def test_rescale_brings_back_the_conditional_deviation(w, rescale):
     """ZeroSNR section 3.4: at 1 each image has the conditional answer's deviation, its picture
     being the same but for the scale; in between, the two are mixed."""
@@ -494,10 +494,16 @@ def test_a_flat_answer_is_rescaled_to_itself(x):
 
 @pytest.mark.parametrize("w", [0, 0.5, 3.0])
 def test_guidance_in_an_interval(w):
-    """From its first step to its last the weight is w; elsewhere 1, for w = 0 as well."""
+    """From its first step to its last the weight is w; elsewhere 1, for w = 0 as well, and
+    where it is 1 for all, nothing unconditional is computed."""
     for low, high in ((1, 1), (1, 6), (6, 7), (7, 7), (2, 5)):
-        inside = ((low <= STEPS) & (STEPS <= high)).reshape(3, 1, 1)
-        close(guide(w, interval=(low, high)), np.where(inside, guide(w), COND))
+        inside, sizes = ((low <= STEPS) & (STEPS <= high)).reshape(3, 1, 1), []
+
+        def model(x, t, y):
+            sizes.append(len(x))
+            return labelled(x, t, y)
+        close(guide(w, model, interval=(low, high)), np.where(inside, guide(w), COND))
+        assert sizes == [6 if inside.any() else 3]
 
 
 @pytest.mark.parametrize("kind", [list, np.uint8, np.int8, np.uint64])

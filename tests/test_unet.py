@@ -306,6 +306,7 @@ def test_an_image_of_another_shape_or_of_integers_is_refused(x):
 
 @pytest.mark.parametrize("changes, given", [
     (dict(attention=(2,)), 2), (dict(attention=(-1,)), -1), (dict(blocks=(2,)), 2),
-    (dict(blocks=(1, 2, 1)), (1, 2, 1)), (dict(dropout=1), 1), (dict(dropout=-0.1), -0.1)])
-def test_options_that_would_be_silently_wrong_are_refused(changes, given):
+    (dict(blocks=(1, 2, 1)), (1, 2, 1)), (dict(dropout=1), 1), (dict(dropout=-0.1), -0.1),
+    (dict(channels=(2, 8)), 2), (dict(channels=(5, 8)), 5)])
+def test_options_that_would_be_silently_wrong_or_fail_obscurely_are_refused(changes, given):
     refused(given, td.UNet, **SMALL | changes)
