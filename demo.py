@@ -238,7 +238,7 @@ def trained(args):
 
 
 def choices(diffusion, sampler=None, steps=None, eta=None, guidance=None):
-    """Options of `frames`: what is asked for, and for the rest the measured best."""
+    """Options of `frames`: what is asked for, and for the rest DRAWING."""
     sampler = sampler or DRAWING["sampler"]
     if eta is not None and sampler != "ddim":
         raise ValueError(f"--eta is an option of ddim's; {sampler} has none")

@@ -16,8 +16,8 @@ A denoiser's best answer is the mean of all x0 behind x_t: at x_T, a blur. The s
 one picture, where x_T leads. That is why a single step can do.
 
 The first teacher is guided, w fixed to 1.6 as the demo draws (2210.03142 learns all w at once).
-So guidance is in the students: a step of theirs is one call of the network, the teacher's,
-where it is guided, two.
+So guidance is in the students: a step of theirs is one call of the network, a guided step of
+the teacher's is two.
 """
 import copy
 from functools import partial
