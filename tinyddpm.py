@@ -333,7 +333,7 @@ def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", clip
 
 def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", clip=(-1, 1)):
     """Heun's method on the probability-flow ODE (SDE section 4.3): an Euler step to s; then the
-    step from t again, with the mean of the slopes at t and s. 2 steps - 1 calls, no noise.
+    step from t again, with the mean of the slopes at t and s. 2 * steps - 1 calls, no noise.
     As x = cos(phi) x0 + sin(phi) eps, the slope dx/dphi is v, and phi is finite even in pure
     noise: EDM Algorithm 1 of scale cos(phi) and sigma tan(phi). The last step is Euler's in
     sigma, as at scale 1, which ends at x0."""
