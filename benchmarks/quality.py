@@ -89,7 +89,7 @@ def main():
     for name, row in rows.items():
         took, accuracy, distance = zip(*row)
         axes[0].semilogx(took, accuracy, "o-", label=name)
-        axes[1].loglog(took, distance, "o-", label=name)
+        axes[1].semilogx(took, distance, "o-", label=name)
     for ax, what in zip(axes, ("class accuracy", "Frechet distance")):
         ax.set(xlabel="minutes of training on this CPU", ylabel=what)
         ax.set_xticks(args.minutes, [f"{m:g}" for m in args.minutes])
