@@ -234,9 +234,9 @@ class Diffusion:
     def loss_weight(self, t, weighting, gamma=5.0):
         """Factor for the squared error of the model's answer at t; float64, of t's shape.
         "simple" is 1. "snr" makes of it the error of eps, DDPM eq. 14: 1 for eps, the SNR for
-        x0, abar for v. (An error of x0 is noise / (b signal - a noise) times one of `out`, and
-        one of eps signal / noise times that.)
-        "min_snr" is "snr" with the SNR held to gamma (Min-SNR section 3.4)."""
+        x0, abar for v. (An error d of `out` makes, up to sign, noise d / (b signal - a noise)
+        in x0, and signal / noise times that in eps.)
+        "min_snr" is "snr" times gamma / max(SNR, gamma) (Min-SNR section 3.4)."""
         check(np.all((1 <= t) & (t <= self.T)), f"t is {t}; it has to be of 1..{self.T}")
         signal, noise = self.abar[t] ** 0.5, (1 - self.abar[t]) ** 0.5
         a, b = PREDICTS[self.predicts](signal, noise)
@@ -266,8 +266,8 @@ def per_image(value, x):
 # A model is any callable model(x, t) -> answer, x (B, ...), t (B,) integers. A sampler is a
 # generator: it yields (t, x_t) after every step, so that a progress bar, a film, an early stop
 # or inpainting (write into x_t) is a `for` loop in the caller's code. x: usually normal noise.
-# steps: how many, or which; see timesteps. All go by way of x0. clip: its bounds, or a function
-# of it, or None. Give that with which the network was trained: beyond, its answers are free.
+# steps: how many, or which; see timesteps. Each turns the answer into x0 first; clip: bounds of
+# that x0, or a function of it, or None. Give training's: it counts no error beyond the bounds.
 
 def timesteps(T, steps, spacing="trailing"):
     """`steps` of the T steps, descending, integers (steps,) (ZeroSNR Table 2). "trailing"
@@ -285,9 +285,9 @@ def timesteps(T, steps, spacing="trailing"):
 def ddpm(model, diffusion, x, rng, steps=None, spacing="trailing", variance="small",
          clip=(-1, 1)):
     """Ancestral sampling: x_s ~ N(posterior mean of x_s given x_t and the model's x0, var).
-    With clip=None, if trained so, and all steps (None) this is DDPM Algorithm 2: its mean is
-    the same, written with eps. variance: "small", the posterior's, is best for data of a single
-    point; "large", beta_t or 1 - abar_t/abar_s, for standard normal data (DDPM section 3.2)."""
+    With clip=None and all steps (None) this is DDPM Algorithm 2: its mean is the same, written
+    with eps. variance: "small", the posterior's, is best for data of a single point; "large",
+    beta_t or 1 - abar_t/abar_s, for standard normal data (DDPM section 3.2)."""
     check(variance in ("small", "large"), f"variance is {variance!r}, not 'small' or 'large'")
     rng, steps = np.random.default_rng(rng), diffusion.T if steps is None else steps
     for t, s in pairwise([*timesteps(diffusion.T, steps, spacing), 0]):
@@ -334,9 +334,9 @@ def dpm_solver(model, diffusion, x, rng=None, steps=20, spacing="trailing", clip
 def heun(model, diffusion, x, rng=None, steps=10, spacing="trailing", clip=(-1, 1)):
     """Heun's method on the probability-flow ODE (SDE section 4.3): an Euler step to s; then the
     step from t again, with the mean of the slopes at t and s. 2 * steps - 1 calls, no noise.
-    As x = cos(phi) x0 + sin(phi) eps, the slope dx/dphi is v, and phi is finite even in pure
-    noise: EDM Algorithm 1 of scale cos(phi) and sigma tan(phi). The last step is Euler's in
-    sigma, as at scale 1, which ends at x0."""
+    With abar = cos(phi)^2, x = cos(phi) x0 + sin(phi) eps, and dx/dphi is v. In phi pure noise
+    is at pi/2, in sigma = tan(phi) at infinity. It is EDM Algorithm 1 with that sigma and the
+    scale cos(phi); but the last step is Euler's in sigma at scale 1, which ends at x0."""
     for t, s in pairwise([*timesteps(diffusion.T, steps, spacing), 0]):
         x0 = diffusion.to_x0(x, t, model(x, xp.full(len(x), t)), clip)
         if s:
@@ -357,8 +357,8 @@ def sample(sampler):
     return x
 
 def dynamic_threshold(x0, share=0.995):
-    """A clip for networks trained with clip=None: each image is clipped at the quantile `share`
-    of its absolute values, or at 1 if that is more, and divided by it, against saturation
+    """A clip for networks trained with clip=None: each image is clipped at +-bound and divided
+    by it, against saturation; bound is the quantile `share` of its absolute values, at least 1
     (Imagen section 2.3)."""
     bound = xp.quantile(xp.abs(x0).reshape(len(x0), -1), share, axis=1)
     bound = per_image(xp.maximum(bound, 1), x0)
@@ -370,7 +370,7 @@ def guided(model, labels, null, w, rescale=0.0, interval=None):
     integers; null: the one that stands for none. rescale: how far to bring each image's
     deviation back to the conditional answer's, 0 to 1 (ZeroSNR section 3.4). interval: (low,
     high), the steps at which to guide; at others w is 1. Without guidance at the highest noise,
-    samples vary more (interval)."""
+    samples vary more (the interval paper)."""
     labels, (low, high) = checked_labels(labels, 2 ** 62), interval or (1, 2 ** 62)
     check(1 <= low <= high and low % 1 == high % 1 == 0,
           f"interval is {interval}; it has to be two steps, 1 <= low <= high, or None")
@@ -775,7 +775,7 @@ class UNet:
     def forward(self, x, t, y=None, rng=None):
         """The answer, and back(dy), which adds to .grads and returns dx. t and the labels y are
         integers (B,), or one for all; y None is the null label. An rng turns dropout on."""
-        check(x.shape[1:] == self.input and x.dtype.kind in "fc",       # c: in the tests
+        check(x.shape[1:] == self.input and x.dtype.kind in "fc",       # c: complex, in tests
               f"x is {x.dtype} {x.shape}; it has to be floats (B, *{self.input})")
         p, t = self.params, xp.broadcast_to(xp.asarray(t), len(x))
         check(t.dtype.kind in "iu", f"t is {t.dtype}; it has to be integers of 1..T")
@@ -820,7 +820,7 @@ LOSSES = {      # of the error d, element by element: the loss and its slope
 def draw_batch(diffusion, images, labels, null, rng, batch, label_drop):
     """DDPM Algorithm 1's x0, t, y, eps; at a rate of label_drop y is null (CFG Algorithm 1)."""
     pick = rng.integers(len(images), size=batch)
-    # One t from each of `batch` equal parts of 1..T has less noise (VDM shifts one grid alike).
+    # One t from each of `batch` equal parts of 1..T: the loss varies less (as in VDM).
     u = (np.arange(batch) + rng.random(batch)) / batch
     t = np.minimum(1 + (diffusion.T * u).astype(int), diffusion.T)      # u can round up to 1
     y = np.where(rng.random(batch) < label_drop, null, labels[pick])
@@ -831,9 +831,9 @@ def add_gradient(net, diffusion, x0, t, y, eps, total, loss="l2", weighting="sim
                  clip=(-1, 1)):
     """The rest of Algorithm 1, on a batch or a part of one: adds to net.grads the gradient of
     its loss, the sum over all values / total, and returns the loss. rng is for dropout. One
-    departure: as samplers clip x0, an answer that clipping puts right is no error. Black may be
-    guessed below -1, and comes out black; clipped, the best answer is the expected x0 all the
-    same. The loss is so much smaller. clip=None counts every error."""
+    departure: as samplers clip x0, a value that clipping puts right is no error. Black may be
+    guessed below -1, and comes out black; with "l2" the best answer, clipped, is still the
+    expected x0. This makes the loss much smaller. clip=None counts every error."""
     xt = diffusion.q_sample(x0, t, eps)
     out, back = net.forward(xt, t, y, rng)
     right = diffusion.to_x0(xt, t, out, clip) == x0
@@ -921,9 +921,9 @@ def train(net, diffusion, images, labels=None, *, steps, rng=0, batch=64, loss="
     "muon". lr: times a linear warmup and half a cosine to 0. max_norm: the gradient's, at most.
     accumulate: batches to a step. chunk: images that a CPU works on at a time, so that they
     stay in its cache. gradient: called as add_gradient is, to share a chunk among the cores
-    (cores.py), or for a loss of your own; only that can use net.condition, more channels of
-    images. A loss that is not finite is a FloatingPointError, and the parameters stay as they
-    were."""
+    (cores.py), or for a loss of your own, which net.condition needs: images then have its
+    channels behind their own. A loss that is not finite is a FloatingPointError, and the
+    parameters stay as they were."""
     check(loss in LOSSES, f"loss is {loss!r}; it may be {list(LOSSES)}")
     check(optimizer in ("adamw", "muon"), f"optimizer is {optimizer!r}, not 'adamw' or 'muon'")
     diffusion.loss_weight(1, weighting)         # refuses a name that it does not know
